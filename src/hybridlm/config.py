@@ -159,7 +159,8 @@ class HybridConfig:
                 raise ConfigError(f"num_key_value_heads: {self.kv_heads} does not divide "
                                   f"num_attention_heads {self.num_attention_heads}")
             if (self.rope or self.sliding_rope) and self.head_dim % 2:
-                raise ConfigError(f"num_attention_heads: heads are {self.head_dim} wide; rotary embeddings need an even width")
+                raise ConfigError(f"num_attention_heads: heads are {self.head_dim} wide; "
+                                  "rotary embeddings need an even width")
         if LINEAR in self.layer_types and self.value_heads % self.key_heads:
             raise ConfigError(f"linear_num_value_heads: {self.value_heads} is not a multiple of "
                               f"linear_num_key_heads {self.key_heads}")
@@ -272,7 +273,8 @@ class HybridConfig:
         config has none), because a transformer without any would be a handicapped opponent.
         """
         rope = self.rope or self.sliding_rope or Rope()
-        base = self.with_(layer_types=(FULL,) * self.num_hidden_layers, rope=rope, sliding_rope=None, sliding_window=None)
+        base = self.with_(layer_types=(FULL,) * self.num_hidden_layers, rope=rope, sliding_rope=None,
+                          sliding_window=None)
         target = self.num_parameters(embedding=False)
         per_unit = 3 * self.hidden_size * self.num_hidden_layers
         exact = self.intermediate_size + (target - base.num_parameters(embedding=False)) / per_unit
