@@ -1,0 +1,133 @@
+"""The command line: `hybridlm COMMAND ...`.
+
+One small file per command. A command's module is imported only when that command runs, so that `hybridlm --help` is
+instant and nothing that works without PyTorch ever touches it. Mistakes of the user end as one line on stderr and exit
+code 1, wrong usage as 2, Ctrl-C as 130; whatever else comes out is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import typer
+
+from hybridlm.errors import HybridLMError
+
+__all__ = ["build_app", "main"]
+
+# The map that `hybridlm --help` prints: panel -> command -> (module, one line).
+MAP: dict[str, dict[str, tuple[str, str]]] = {
+    "Start": {
+        "quickstart": ("quickstart", "Corpus, tokenizer, training, evaluation, quantised file, text: all in minutes."),
+    },
+    "Train": {
+        "tokenizer": ("tokenizer", "Train a byte-level BPE on your own text, or look into one."),
+        "train": ("train", "Train a model by a recipe: hybridlm train tiny data=PATH out=DIR."),
+    },
+    "Convert and quantise": {
+        "convert": ("convert", "Turn a Hugging Face folder or hub repository into one GGUF file."),
+        "quantize": ("quantize", "Make a GGUF file smaller: q8_0, q4_0, ..."),
+        "inspect": ("inspect", "Show what a model file holds: shape, tensors, types, sizes."),
+    },
+    "Run": {
+        "chat": ("chat", "Talk with a model in the terminal."),
+        "generate": ("generate", "Continue a prompt."),
+        "bench": ("bench", "Measure prefill and decode speed and memory."),
+    },
+    "Evaluate": {
+        "eval": ("evaluate", "Measure quality: bits per byte on your own files."),
+    },
+}
+
+# What an install extra brings, by the module that is missing without it.
+EXTRAS = {"torch": "train", "safetensors": "train", "pyarrow": "train", "zstandard": "train", "tensorboard": "train",
+          "starlette": "serve", "uvicorn": "serve", "pydantic": "serve", "llguidance": "serve", "triton": "gpu"}
+
+
+def build_app(wanted: str | None = None) -> typer.Typer:
+    """The whole typer app, with the module behind `wanted` imported and every other command a name with a help line."""
+    app = typer.Typer(name="hybridlm", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                      context_settings={"help_option_names": ["-h", "--help"]})
+
+    @app.callback()
+    def root(version: bool = typer.Option(False, "--version", is_eager=True, callback=_version,
+                                          help="Show the version and exit.")) -> None:
+        """Train, evaluate, quantise and run hybrid language models (Gated DeltaNet + attention), Olmo Hybrid first.
+
+        A MODEL is a GGUF file, a folder, or a repository on the Hugging Face hub, fetched and quantised once.
+        """
+
+    for panel, commands in MAP.items():
+        for name, (module, line) in commands.items():
+            if name != wanted:
+                app.command(name, help=line, rich_help_panel=panel)(_not_loaded)
+                continue
+            loaded = import_module(f"hybridlm.cli.{module}")
+            if hasattr(loaded, "app"):
+                app.add_typer(loaded.app, name=name, help=line, rich_help_panel=panel)
+            else:
+                app.command(name, rich_help_panel=panel)(loaded.command)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code; what the `hybridlm` script calls."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    try:
+        build_app(command)(args=arguments, prog_name="hybridlm")
+    except SystemExit as stop:
+        _exit(stop.code)
+    except KeyboardInterrupt:
+        _exit(130)
+    except BrokenPipeError:  # `hybridlm ... | head`: the reader has seen enough
+        _exit(1)
+    except Exception as error:
+        line = explain(error, command)
+        if line is None or os.environ.get("HYBRIDLM_DEBUG"):
+            import traceback
+
+            traceback.print_exc()
+        if line is None:
+            line = "this is a bug in hybridlm; please report it with the command and the lines above"
+        print("error: " + " ".join(line.split()), file=sys.stderr)
+        _exit(1)
+
+
+def explain(error: Exception, command: str | None) -> str | None:
+    """One sentence for an error that the user or the machine caused, or None for a bug."""
+    if isinstance(error, HybridLMError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        missing = error.name.split(".")[0]
+        if missing in EXTRAS:
+            return f'`hybridlm {command}` needs {missing}, which is not installed; pip install "hybridlm[{EXTRAS[missing]}]"'
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error})" if str(error) else "out of memory"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _not_loaded() -> None:
+    raise AssertionError("a command that was not asked for ran")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hybridlm import __version__
+
+        print(f"hybridlm {__version__}")
+        raise typer.Exit
+
+
+def _exit(code: int | str | None) -> None:
+    """Leave without a complaint about a pipe that closed while output was still buffered."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
