@@ -79,7 +79,7 @@ class Rope:
         if y.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
-        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low or 1e-3), 0, 1)
         return (plain / y.factor * ramp + plain * (1 - ramp)).astype(np.float32)
 
 
