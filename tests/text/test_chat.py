@@ -32,8 +32,8 @@ def test_same_text_as_transformers(source):
     """Against Hugging Face's own renderer."""
     reference = pytest.importorskip("transformers.utils.chat_template_utils")
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    expected, _ = reference.render_jinja_template(conversations=[CHAT], chat_template=source, add_generation_prompt=True,
-                                                  **tokens)
+    expected, _ = reference.render_jinja_template(conversations=[CHAT], chat_template=source,
+                                                  add_generation_prompt=True, **tokens)
     assert ChatTemplate(source, special_tokens=tokens).render(CHAT) == expected[0]
 
 

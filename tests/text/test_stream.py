@@ -7,7 +7,7 @@ from tests.text.helpers import byte_level, metaspace
 
 from hybridlm.text import StreamDecoder
 
-EMOJI = st.text(st.sampled_from("👩‍👧🏽é日本\u200d\ufe0fa \n\U0010ffff"))
+EMOJI = st.text(st.sampled_from("👩‍👧🏽é日本0\u200d\ufe0f\ufffda \n\U0010ffff"))
 
 
 def stream(tokenizer, ids, **options):
@@ -21,6 +21,14 @@ def test_byte_level_any_ids(ids):
     """Random ids are random bytes: invalid UTF-8, split characters, special and unknown tokens among them."""
     pieces, rest = stream(byte_level(), ids)
     assert "".join(pieces) + rest == byte_level().decode(ids)
+
+
+@given(st.lists(st.integers(0, 420)))
+def test_metaspace_any_ids(ids):
+    """Where the ids spell valid UTF-8 the stream equals the whole; elsewhere it says so and goes on."""
+    pieces, rest = stream(metaspace(), ids)
+    whole = metaspace().decode(ids)
+    assert "\ufffd" in whole or "".join(pieces) + rest == whole
 
 
 @given(st.lists(st.integers(0, 420)))
@@ -51,6 +59,9 @@ def test_pushing_never_decodes_the_past():
         def decode(self, ids, **_):
             sizes.append(len(ids))
             return tokenizer.decode(ids)
+
+        def id_to_token(self, token_id):
+            return tokenizer.id_to_token(token_id)
 
     decoder = StreamDecoder(Spy())
     bad = tokenizer.token_to_id("<0xF0>")

@@ -104,7 +104,8 @@ def explain(error: Exception, command: str | None) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name:
         missing = error.name.split(".")[0]
         if missing in EXTRAS:
-            return f'`hybridlm {command}` needs {missing}, which is not installed; pip install "hybridlm[{EXTRAS[missing]}]"'
+            return (f"`hybridlm {command}` needs {missing}, which is not installed; "
+                    f'pip install "hybridlm[{EXTRAS[missing]}]"')
     if isinstance(error, MemoryError):
         return f"out of memory ({error})" if str(error) else "out of memory"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

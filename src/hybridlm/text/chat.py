@@ -65,6 +65,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        """What a forbidden attribute becomes. jinja2 renders it as nothing; Python's inner names are refused aloud."""
+        if attribute.startswith("_"):
+            raise SecurityError(f"access to attribute {attribute!r}")
+        return super().unsafe_undefined(obj, attribute)
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" or not isinstance(left, int | float) or not isinstance(right, int | float):
             sizes = [len(v) if isinstance(v, str | bytes | list | tuple) else abs(v) for v in (left, right)]
