@@ -35,7 +35,8 @@ def configs(draw, *, hybrid=True, rows=st.sampled_from([8, 12, 32, 64])) -> Hybr
         intermediate_size=draw(st.sampled_from([24, 33, 64])), layer_types=tuple(layers), num_attention_heads=heads,
         num_key_value_heads=draw(st.sampled_from([1, 2, heads])),
         linear_num_key_heads=key_heads, linear_num_value_heads=key_heads * draw(st.sampled_from([1, 2])),
-        linear_key_head_dim=draw(rows), linear_value_head_dim=draw(rows), linear_conv_kernel_dim=draw(st.integers(2, 4)),
+        linear_key_head_dim=draw(rows), linear_value_head_dim=draw(rows),
+        linear_conv_kernel_dim=draw(st.integers(2, 4)),
         linear_allow_neg_eigval=draw(st.booleans()), rope=draw(ROPES) if hybrid else draw(ROPES.filter(bool)),
         sliding_rope=draw(st.builds(Rope, THETAS)) if SLIDING in layers else None,
         sliding_window=draw(st.integers(1, 8)) if SLIDING in layers else None,
@@ -56,7 +57,7 @@ def weights(config: HybridConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def generations(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The same model as the released files name it, fused, and with former names and convolutions cut in equal parts."""
+    """The same model as the released files name it, fused, and with former names and convolutions cut in thirds."""
     mixers = {n.removesuffix(".A_log") for n in tensors if n.endswith(".A_log")}
     fused, former = dict(tensors), dict(tensors)
     for mixer in mixers:

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from tests.formats.helpers import configs, generations, weights
 
 from hybridlm.config import PRESETS
 from hybridlm.engine.weights import expected_tensors
 from hybridlm.errors import FormatError
 from hybridlm.formats.names import canonical, check, conv_parts, specs
-from tests.formats.helpers import configs, generations, weights
 
 
 @settings(max_examples=30, deadline=None)
@@ -46,7 +46,8 @@ def test_every_generation_maps_back(config):
 
 def test_inconsistent_convolutions_are_refused():
     layer = "model.layers.0.linear_attn"
-    good = {f"{layer}.{x}_proj.weight": (4, 8) for x in "qkv"} | {f"{layer}.{x}_conv1d.weight": (4, 1, 4) for x in "qkv"}
+    good = {f"{layer}.{x}_proj.weight": (4, 8) for x in "qkv"}
+    good |= {f"{layer}.{x}_conv1d.weight": (4, 1, 4) for x in "qkv"}
     assert conv_parts(good) == {}
     for bad in (
         {n: s for n, s in good.items() if "k_conv" not in n},
@@ -62,5 +63,5 @@ def test_inconsistent_convolutions_are_refused():
 def test_check_names_the_first_difference():
     check({"a": (2,)}, {"a": (2,)}, "file")
     for found in ({}, {"a": (3,)}, {"a": (2,), "b": (1,)}):
-        with pytest.raises(FormatError, match="file: tensor [ab] "):
+        with pytest.raises(FormatError, match=r"file: tensor [ab] "):
             check(found, {"a": (2,)}, "file")

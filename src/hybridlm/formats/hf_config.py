@@ -50,7 +50,7 @@ def read_config(path: str | Path) -> HybridConfig:
             raise ConfigError(f"{file}: too large for a config.json")
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a model folder or its config.json") from None
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a model's folder") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid JSON ({error}); download it again") from None
     if not isinstance(data, dict):
@@ -87,14 +87,14 @@ def from_hf(data: dict[str, Any]) -> HybridConfig:
         if data.get("head_dim") is not None and data["head_dim"] * heads != values["hidden_size"]:
             raise ConfigError(f"head_dim: {data['head_dim']} is not hidden_size / num_attention_heads, the only width "
                               "supported")
-        ropes = _ropes(kind, data, values)
-        extra = {name: value for name, value in data.items() if name not in _HANDLED}
-        return HybridConfig(**values, **ropes, extra=extra)
+        values |= _ropes(kind, data, values)
+        values["extra"] = {name: value for name, value in data.items() if name not in _HANDLED}
+        return HybridConfig(**values)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"config.json: a value of the wrong kind ({error})") from None
 
 
-def _layer_types(kind: str, given: Any, depth: int) -> tuple[str, ...]:
+def _layer_types(kind: Any, given: Any, depth: int) -> tuple[str, ...]:
     if given is None:
         if kind == "olmo3":
             return tuple(SLIDING if (i + 1) % 4 else FULL for i in range(depth))
@@ -103,16 +103,17 @@ def _layer_types(kind: str, given: Any, depth: int) -> tuple[str, ...]:
         raise ConfigError("layer_types: must be a list of names")
     if len(given) != depth:
         raise ConfigError(f"num_hidden_layers: {depth}, but layer_types names {len(given)} layers")
-    return tuple(_FORMER_TYPES.get(t, t) for t in given)
+    return tuple(str(_FORMER_TYPES.get(t, t)) for t in given)
 
 
-def _ropes(kind: str, data: dict[str, Any], values: dict[str, Any]) -> dict[str, Rope | None]:
+def _ropes(kind: Any, data: dict[str, Any], values: dict[str, Any]) -> dict[str, Rope | None]:
     """`rope` and `sliding_rope`, following transformers' `convert_rope_params_to_dict` of each class."""
     given, scaling = data.get("rope_parameters"), data.get("rope_scaling")
     for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"{name}: must be an object")
     kinds = set(values["layer_types"])
+    nested: dict[str, Any]
     if kind == "olmo3":
         # Flat parameters are passed over; the former top-level theta reaches full attention only.
         nested = {name: dict((given or {}).get(name) or {}) for name in (FULL, SLIDING)}

@@ -153,9 +153,9 @@ def check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int
     """Refuse a file whose tensors are not exactly those of the configuration, naming the first difference."""
     for name, shape in expected.items():
         if name not in found:
-            raise FormatError(f"{where}: tensor {name} is missing; the file is incomplete or its configuration is wrong")
+            raise FormatError(f"{where}: tensor {name} is missing; the file is incomplete")
         if found[name] != shape:
-            raise FormatError(f"{where}: tensor {name} is {list(found[name])}; its configuration asks for {list(shape)}")
+            raise FormatError(f"{where}: tensor {name} is {list(found[name])}; the model needs {list(shape)}")
     for name in found:
         if name not in expected:
             raise FormatError(f"{where}: tensor {name} is no part of the configured model (a different architecture?)")
