@@ -32,6 +32,11 @@ class Batch:
     starts: np.ndarray
 
     @property
+    def documents(self) -> np.ndarray:
+        """int32 [rows, sequence]: the number of the document within its row, from 0 or 1 on."""
+        return np.cumsum(self.starts, axis=1, dtype=np.int32)
+
+    @property
     def cu_seqlens(self) -> np.ndarray:
         """int32 [documents + 1]: where each document (or row) begins in the rows laid end to end, and the end."""
         cuts = self.starts.copy()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
+import io
 import json
 import os
 from collections import Counter
@@ -134,8 +135,10 @@ def _is_binary(file: Path) -> bool:
         with _open(file) as stream:
             head = stream.read(_SNIFF)
         codecs.getincrementaldecoder("utf-8")().decode(head)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile):
+    except (UnicodeDecodeError, gzip.BadGzipFile):
         return True
+    except EOFError:  # text that ends early; reading it says so
+        return False
     return b"\0" in head
 
 
@@ -152,7 +155,7 @@ def _open(file: Path) -> BinaryIO:
     if name.endswith(".zst"):
         import zstandard
 
-        return zstandard.open(file, "rb")
+        return io.BufferedReader(zstandard.open(file, "rb"))
     return file.open("rb")
 
 

@@ -28,7 +28,7 @@ from hybridlm.data.tokens import MANIFEST, VERSION, TokenFolder, read_manifest, 
 from hybridlm.errors import DataError
 from hybridlm.text import Tokenizer
 
-__all__ = ["tokenize"]
+__all__ = ["held_out", "tokenize"]
 
 PROGRESS = "progress.json"
 _BATCH_CHARACTERS = 1 << 22
@@ -95,6 +95,12 @@ def _resume(out: Path, job: dict[str, Any], source: Source) -> dict[str, Any]:
         pass
     return {**job, "held_out_below": _threshold(source, job["val_fraction"]), "file": 0, "document": 0, "documents": 0,
             "bytes": 0, "content": "", "labels": [], "shards": []}
+
+
+def held_out(source: Source, fraction: float) -> Callable[[str], bool]:
+    """Whether a text falls on the side of validation, as `tokenize` decides it."""
+    threshold = _threshold(source, fraction)
+    return lambda text: _hash(text) < threshold
 
 
 def _threshold(source: Source, fraction: float) -> int:
