@@ -1,11 +1,16 @@
 """`State`: everything a model remembers of the tokens it has read, in main memory.
 
-An attention layer remembers keys and values of every token; a Gated DeltaNet layer a fixed-size matrix per head and
-the last few convolution inputs. So a state has one part that grows and one that does not, and it can be copied and
-continued but never shortened: going back means restoring a copy made earlier.
+It has two parts. Gated DeltaNet layers keep a matrix per head and the last few convolution inputs: of fixed size, and
+rewritten by every token. Attention layers keep the keys and values of every token, in pages of 64 tokens that are
+written once and from then on only read.
 
-As bytes a state describes itself: magic, version, a JSON header (model fingerprint, layout, tokens), the arrays, and
-a sha256 over all that precedes it. Reading checks sizes before allocating, and the sum before believing anything.
+So growing adds a page and moves nothing. A clone copies the fixed part and the last, unfinished page; full pages are
+shared, and Python's reference counts free them with their last owner. And a state can be continued but not
+shortened: the matrices have forgotten how they were. Going back means continuing from a clone made earlier.
+
+As bytes a state describes itself: magic, version, a JSON header (layout, tokens), the part it owns, its full pages,
+and a sha256 over all that precedes it. Reading checks sizes before it allocates, and the sum before it believes
+anything.
 """
 
 from __future__ import annotations
@@ -14,159 +19,296 @@ import hashlib
 import io
 import json
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from hybridlm.config import LINEAR, HybridConfig
-from hybridlm.errors import FormatError
+from hybridlm.errors import FormatError, HybridLMError
 
-__all__ = ["DeltaNetState", "KVState", "Layout", "State"]
+__all__ = ["KV_TYPES", "PAGE", "KVType", "Layout", "Pages", "State"]
+
+PAGE = 64  # tokens of a page
 
 _MAGIC, _VERSION = b"hlmstate", 1
 _PREFIX = struct.Struct("<8sII")  # magic, version, header bytes
 _MAX_HEADER = 1 << 28
-_FIRST_CAPACITY = 256
-KV_DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Shapes of a model's state, and which model it belongs to.
+class KVType:
+    """How keys and values are stored: a ggml type with `block` numbers in `nbytes` bytes."""
 
-    `layers` holds per layer ("gdn", channels, taps - 1, heads, K, V) or ("kv", heads, width).
+    id: int
+    block: int
+    nbytes: int
+
+
+KV_TYPES = {"f32": KVType(0, 1, 4), "f16": KVType(1, 1, 2), "q8_0": KVType(8, 32, 34)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shapes of a model's state, and which model it belongs to. States of equal layouts can stand for each other.
+
+    Attention layers that look back equally far form a group; each group has its own pages.
     """
 
     fingerprint: str
-    kv_dtype: str
-    context: int  # most tokens a state may hold
-    layers: tuple[tuple[Any, ...], ...]
+    kv_type: str
+    layers: tuple[int, ...]  # per layer: -1 for Gated DeltaNet, else its group
+    windows: tuple[int, ...]  # per group: tokens that a token sees, 0 for all
+    conv: tuple[int, int]  # channels of q|k|v, taps - 1
+    recurrent: tuple[int, int, int]  # Hv, K, V
+    kv: tuple[int, int]  # Hkv, head width
+    hidden: int  # D
 
     @classmethod
-    def of(cls, config: HybridConfig, fingerprint: str, kv_dtype: str, context: int) -> Layout:
-        gdn = ("gdn", config.conv_channels, config.linear_conv_kernel_dim - 1, config.value_heads, config.key_dim,
-               config.value_dim)
-        kv = ("kv", config.kv_heads, config.head_dim if config.has_attention else 0)
-        return cls(fingerprint, kv_dtype, context, tuple(gdn if t == LINEAR else kv for t in config.layer_types))
+    def of(cls, config: HybridConfig, fingerprint: str, kv_type: str) -> Layout:
+        if kv_type not in KV_TYPES:
+            raise HybridLMError(f"kv_type: {kv_type!r} is unknown; known are {', '.join(KV_TYPES)}")
+        if config.has_attention and config.head_dim % KV_TYPES[kv_type].block:
+            raise HybridLMError(f"kv_type: {kv_type} stores {KV_TYPES[kv_type].block} numbers together, which does not "
+                                f"divide this model's head width {config.head_dim}; use f16")
+        seen = [None if kind == LINEAR else config.window_of(i) or 0 for i, kind in enumerate(config.layer_types)]
+        windows = tuple(dict.fromkeys(w for w in seen if w is not None))
+        return cls(fingerprint, kv_type, tuple(-1 if w is None else windows.index(w) for w in seen), windows,
+                   (config.conv_channels, config.linear_conv_kernel_dim - 1),
+                   (config.value_heads, config.key_dim, config.value_dim),
+                   (config.kv_heads, config.head_dim if config.has_attention else 0), config.hidden_size)
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """Per layer its index among the layers of its kind."""
+        return tuple(self.layers[:i].count(kind) for i, kind in enumerate(self.layers))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's key, or value, in one head."""
+        kv = KV_TYPES[self.kv_type]
+        return self.kv[1] // kv.block * kv.nbytes
+
+    def page_shape(self, group: int) -> tuple[int, int, int, int, int]:
+        """[layers, K or V, Hkv, tokens, bytes] of a page."""
+        return (self.layers.count(group), 2, self.kv[0], PAGE, self.row_bytes)
+
+    def page_bytes(self, group: int) -> int:
+        return _product(self.page_shape(group))
+
+    def first_page(self, group: int, position: int) -> int:
+        """The first page that the token at `position`, or one after it, can still see."""
+        window = self.windows[group]
+        return max(0, position - window + 1) // PAGE if window else 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the part that does not grow."""
+        return 4 * self.layers.count(-1) * (_product(self.conv) + _product(self.recurrent)) + 4 * self.hidden
+
+    def own_bytes(self, position: int) -> int:
+        """Bytes, as saved, of all but the full pages: the fixed part and the used part of each last page."""
+        return self.fixed_bytes + sum(self.page_bytes(g) // PAGE * (position % PAGE) for g in range(len(self.windows)))
+
+    def full_pages(self, position: int) -> list[int]:
+        """The group of each full page that a state of this many tokens keeps, in the order of `State.blocks`."""
+        return [g for g in range(len(self.windows)) for _ in range(self.first_page(g, position), position // PAGE)]
+
+    def kv_bytes_read(self, position: int) -> int:
+        """Bytes of keys and values that the token at `position` reads, its own included."""
+        return sum(self.page_bytes(g) // PAGE * min(position + 1, window or position + 1)
+                   for g, window in enumerate(self.windows))
 
 
-@dataclass(slots=True)
-class DeltaNetState:
-    conv: np.ndarray  # float32 [channels q|k|v, taps - 1], oldest column first
-    recurrent: np.ndarray  # float32 [Hv, K, V]
+class Pages:
+    """Keys and values of one group of attention layers."""
 
+    __slots__ = ("addresses", "group", "layout", "pages")
 
-@dataclass(slots=True)
-class KVState:
-    k: np.ndarray  # [Hkv, capacity, head_dim], f32 or f16; entries from the state's position on are undefined
-    v: np.ndarray
+    def __init__(self, layout: Layout, group: int) -> None:
+        self.layout, self.group = layout, group
+        self.pages: list[np.ndarray | None] = []  # uint8, flat `page_shape`; None before the window's first page
+        # [layers, pages or more, K or V], what kernels read. Of dropped pages it holds the first kept one's, so that
+        # no address in it is ever invalid.
+        self.addresses = np.zeros((layout.layers.count(group), 0, 2), np.uint64)
+
+    def table(self, slot: int) -> np.ndarray:
+        """Addresses of the pages of one layer, uint64 [pages or more, 2]."""
+        return self.addresses[slot]
+
+    def reserve(self, position: int, tokens: int) -> None:
+        """Pages for `tokens` in all; lets go of those that no token from `position` on can see."""
+        while len(self.pages) * PAGE < tokens:
+            self._append(_bytes(self.layout.page_bytes(self.group)))
+        first = self.layout.first_page(self.group, position)
+        if first and self.pages[first - 1] is not None:
+            self.pages[:first] = [None] * first
+            self.addresses[:, :first] = self.addresses[:, first:first + 1]
+
+    def clone(self, position: int) -> Pages:
+        """The same up to `position`: full pages shared, the used part of the last one copied."""
+        copy = Pages(self.layout, self.group)
+        first = self.layout.first_page(self.group, position)
+        copy.adopt([None] * first + self.pages[first:position // PAGE])
+        if used := position % PAGE:
+            copy._append(_bytes(self.layout.page_bytes(self.group)))
+            copy.last()[..., :used, :] = self.last(position // PAGE)[..., :used, :]
+        return copy
+
+    def adopt(self, pages: Sequence[np.ndarray | None]) -> None:
+        """Become the owner, with others, of these pages, from the first on."""
+        for page in pages:
+            self._append(page)
+
+    def last(self, index: int = -1) -> np.ndarray:
+        """A page, the last one unless told, as bytes of `page_shape`."""
+        page = self.pages[index]
+        assert page is not None
+        return page.reshape(self.layout.page_shape(self.group))
+
+    def _append(self, page: np.ndarray | None) -> None:
+        count = len(self.pages)
+        self.pages.append(page)
+        layers, _, heads, tokens, row = self.layout.page_shape(self.group)
+        if count == self.addresses.shape[1]:
+            old, self.addresses = self.addresses, np.zeros((layers, max(8, 2 * count), 2), np.uint64)
+            self.addresses[:, :count] = old
+        if page is not None:
+            base = page.__array_interface__["data"][0]
+            offsets = np.arange(2 * layers, dtype=np.uint64) * np.uint64(heads * tokens * row)
+            self.addresses[:, count] = (np.uint64(base) + offsets).reshape(layers, 2)
+            if count and self.pages[count - 1] is None:
+                self.addresses[:, :count] = self.addresses[:, count:count + 1]
 
 
 class State:
-    """Memory of one sequence. Made by an engine; `position` tokens have been read, `tokens` lists them."""
+    """Memory of one sequence. `tokens` lists what has been read; an engine makes it and moves it on."""
 
-    __slots__ = ("capacity", "layers", "layout", "position", "tokens", "valid")
+    __slots__ = ("conv", "groups", "hidden", "layout", "recurrent", "tokens", "valid")
 
-    def __init__(self, layout: Layout, capacity: int = _FIRST_CAPACITY) -> None:
-        """The empty state, with room for `capacity` tokens before it must grow."""
+    def __init__(self, layout: Layout) -> None:
+        """The state before the first token."""
+        layers = layout.layers.count(-1)
         self.layout = layout
-        self.capacity = min(max(capacity, 1), layout.context)
-        self.position = 0
         self.tokens: list[int] = []
         self.valid = True  # False after a pass that did not finish: layers then disagree about the past
-        self.layers: list[DeltaNetState | KVState] = []
-        for kind, *shape in layout.layers:
-            if kind == "gdn":
-                channels, taps, heads, key, value = shape
-                self.layers.append(DeltaNetState(np.zeros((channels, taps), np.float32),
-                                                 np.zeros((heads, key, value), np.float32)))
-            else:
-                heads, width = shape
-                dtype = KV_DTYPES[layout.kv_dtype]
-                self.layers.append(KVState(np.empty((heads, self.capacity, width), dtype),
-                                           np.empty((heads, self.capacity, width), dtype)))
+        self.conv = _floats((layers, *layout.conv))  # oldest column first
+        self.recurrent = _floats((layers, *layout.recurrent))
+        self.hidden = _floats((layout.hidden,))  # the last token's, after the final norm: what the head needs
+        self.groups = tuple(Pages(layout, g) for g in range(len(layout.windows)))
+
+    @property
+    def position(self) -> int:
+        """Tokens read."""
+        return len(self.tokens)
+
+    @property
+    def own_nbytes(self) -> int:
+        """Bytes that only this state holds: all but its full pages."""
+        full = self.position // PAGE
+        unfinished = sum(p.nbytes for group in self.groups for p in group.pages[full:] if p is not None)
+        return self.conv.nbytes + self.recurrent.nbytes + self.hidden.nbytes + unfinished
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory held, unused capacity included."""
-        return sum(a.nbytes for layer in self.layers for a in _arrays(layer))
+        """Bytes held in all, pages that others hold too included."""
+        return self.own_nbytes + sum(page.nbytes for page in self.blocks())
+
+    def blocks(self) -> list[np.ndarray]:
+        """The full pages. They never change again; the same object in two states is the same memory."""
+        full = self.position // PAGE
+        return [page for g, group in enumerate(self.groups)
+                for page in group.pages[self.layout.first_page(g, self.position):full] if page is not None]
 
     def reserve(self, tokens: int) -> None:
-        """Room for `tokens` in all: capacity doubles until it suffices, never beyond the context."""
-        if tokens <= self.capacity:
-            return
-        capacity = self.capacity
-        while capacity < tokens:
-            capacity *= 2
-        self.capacity = max(min(capacity, self.layout.context), tokens)
-        for layer in self.layers:
-            if isinstance(layer, KVState):
-                layer.k, layer.v = (self._grown(a) for a in (layer.k, layer.v))
+        """Make room for `tokens` more."""
+        for group in self.groups:
+            group.reserve(self.position, self.position + tokens)
 
-    def _grown(self, old: np.ndarray) -> np.ndarray:
-        new = np.empty((old.shape[0], self.capacity, old.shape[2]), old.dtype)
-        new[:, :self.position] = old[:, :self.position]
-        return new
-
-    def append(self, tokens: list[int]) -> None:
-        """Advance over tokens that a pass has just stored."""
-        self.tokens.extend(tokens)
-        self.position += len(tokens)
-
-    def clone(self, room: int = 0) -> State:
-        """An independent copy of the used part, with capacity for `room` more tokens."""
+    def clone(self) -> State:
+        """An independent copy, sharing the full pages."""
         copy = State.__new__(State)
-        copy.layout, copy.position, copy.valid = self.layout, self.position, self.valid
-        copy.tokens = self.tokens.copy()
-        copy.capacity = max(1, min(self.position + room, self.layout.context))
-        copy.layers = []
-        for layer in self.layers:
-            if isinstance(layer, KVState):
-                copy.layers.append(KVState(copy._grown(layer.k), copy._grown(layer.v)))
-            else:
-                copy.layers.append(DeltaNetState(layer.conv.copy(), layer.recurrent.copy()))
+        copy.layout, copy.tokens, copy.valid = self.layout, self.tokens.copy(), self.valid
+        copy.conv, copy.recurrent, copy.hidden = (_copy(a) for a in (self.conv, self.recurrent, self.hidden))
+        copy.groups = tuple(group.clone(self.position) for group in self.groups)
         return copy
+
+    def reset(self) -> None:
+        """Back to before the first token, keeping the memory of the fixed part."""
+        self.tokens, self.valid = [], True
+        for array in (self.conv, self.recurrent, self.hidden):
+            array[...] = 0
+        self.groups = tuple(Pages(self.layout, g) for g in range(len(self.layout.windows)))
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def block(data: Any) -> np.ndarray:
+        """A page from its bytes."""
+        page = _bytes(len(data))
+        page[:] = np.frombuffer(data, np.uint8)
+        return page
+
+    def own_parts(self) -> list[Any]:
+        """Contiguous buffers of all but the full pages, `Layout.own_bytes` together."""
+        used = self.position % PAGE
+        last = [np.ascontiguousarray(group.last(self.position // PAGE)[..., :used, :]) for group in self.groups
+                if used]
+        return [_flat(a) for a in (self.conv, self.recurrent, self.hidden, *last)]
+
+    @classmethod
+    def rebuild(cls, layout: Layout, tokens: list[int], own: Any, blocks: Sequence[np.ndarray]) -> State:
+        """The inverse of `own_parts` (joined) and `blocks`; the blocks are shared, not copied. ValueError where sizes
+        do not fit."""
+        data, offset = np.frombuffer(own, np.uint8), 0
+        if (data.nbytes != layout.own_bytes(len(tokens))
+                or [b.nbytes for b in blocks] != [layout.page_bytes(g) for g in layout.full_pages(len(tokens))]):
+            raise ValueError("state: parts of the wrong size")
+        state = cls(layout)
+        state.tokens = list(tokens)
+        for array in (state.conv, state.recurrent, state.hidden):
+            _flat(array)[:] = data[offset:offset + array.nbytes]
+            offset += array.nbytes
+        full, used, taken = len(tokens) // PAGE, len(tokens) % PAGE, 0
+        for g, group in enumerate(state.groups):
+            first = layout.first_page(g, len(tokens))
+            group.adopt([None] * first + list(blocks[taken:taken + full - first]))
+            taken += full - first
+        for g, group in enumerate(state.groups):
+            if used:
+                group.reserve(len(tokens), len(tokens))
+                part = group.last()[..., :used, :]
+                size = layout.page_bytes(g) // PAGE * used
+                part[...] = data[offset:offset + size].reshape(part.shape)
+                offset += size
+        return state
+
     def to_bytes(self) -> bytes:
-        """The used part, self-describing and checksummed; the inverse of `from_bytes`."""
+        """Self-describing and checksummed; the inverse of `from_bytes`."""
         stream = io.BytesIO()
         self.write(stream)
         return stream.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes | bytearray | memoryview) -> State:
-        """Rebuild a state. Raises `FormatError` when the bytes are damaged; whose state it is, `restore` checks."""
+    def from_bytes(cls, data: bytes | bytearray | memoryview, layout: Layout | None = None) -> State:
+        """Rebuild a state. Raises `FormatError` when the bytes are damaged, or of another layout than the one given."""
         view = memoryview(data)
-        return cls.read(io.BytesIO(view), len(view), "state")
+        return cls.read(io.BytesIO(view), len(view), "state", layout)
 
     def write(self, stream: BinaryIO) -> None:
         """`to_bytes` into a stream, without a second copy in memory."""
-        layout = {"fingerprint": self.layout.fingerprint, "kv_dtype": self.layout.kv_dtype,
-                  "context": self.layout.context, "layers": self.layout.layers}
-        header = json.dumps({"layout": layout, "tokens": self.tokens}, separators=(",", ":")).encode()
+        header = json.dumps({"layout": asdict(self.layout), "tokens": self.tokens}, separators=(",", ":")).encode()
         header += b" " * (-(len(header) + _PREFIX.size) % 64)
         digest = hashlib.sha256()
-        for part in [_PREFIX.pack(_MAGIC, _VERSION, len(header)), header, *self._blobs()]:
+        for part in [_PREFIX.pack(_MAGIC, _VERSION, len(header)), header, *self.own_parts(), *self.blocks()]:
             digest.update(part)
             stream.write(part)
         stream.write(digest.digest())
 
-    def _blobs(self) -> list[Any]:
-        """Contiguous buffers of the used part in layer order: conv, recurrent, or k and v one head at a time."""
-        blobs: list[Any] = []
-        for layer in self.layers:
-            if isinstance(layer, KVState):
-                heads = [*layer.k, *layer.v]
-                blobs += [_bytes_of(head[:self.position]) for head in heads]
-            else:
-                blobs += [_bytes_of(layer.conv), _bytes_of(layer.recurrent)]
-        return blobs
-
     @classmethod
-    def read(cls, stream: BinaryIO, size: int, name: str) -> State:
+    def read(cls, stream: BinaryIO, size: int, name: str, layout: Layout | None = None) -> State:
         """`from_bytes` from a stream of `size` bytes; `name` is what errors call it."""
 
         def refuse(reason: str) -> FormatError:
@@ -183,56 +325,75 @@ class State:
             raise refuse("truncated or damaged")
         header = stream.read(header_size)
         try:
-            state, expected = cls._described(json.loads(header), payload)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            described = json.loads(header)
+            found = _layout(described["layout"])
+            tokens = described["tokens"]
+            if not all(type(t) is int and 0 <= t < 1 << 31 for t in tokens):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise refuse("damaged header") from None
-        if expected != payload:
+        if layout is not None and found != layout:
+            raise refuse("saved by another model or with another kv_type")
+        own, pages = found.own_bytes(len(tokens)), [found.page_bytes(g) for g in found.full_pages(len(tokens))]
+        if own + sum(pages) != payload:
             raise refuse("truncated or damaged")
         digest = hashlib.sha256(prefix)
         digest.update(header)
-        for blob in state._blobs():
-            if stream.readinto(blob) != len(blob):  # type: ignore[attr-defined]
+        parts = []
+        for length in [own, *pages]:
+            part = _bytes(length)
+            if stream.readinto(part.data) != length:  # type: ignore[attr-defined]
                 raise refuse("truncated")
-            digest.update(blob)
+            digest.update(part.data)
+            parts.append(part)
         if stream.read(32) != digest.digest():
             raise refuse("damaged, its checksum does not match")
-        return state
-
-    @classmethod
-    def _described(cls, header: dict[str, Any], limit: int) -> tuple[State, int]:
-        """An allocated state as a header describes it and the bytes its arrays take, which must fit the file."""
-        given = header["layout"]
-        layers = tuple(tuple(layer) for layer in given["layers"])
-        dtype, context, tokens = KV_DTYPES[given["kv_dtype"]], given["context"], header["tokens"]
-        numbers = [n for layer in layers for n in layer[1:]] + [context, *tokens]
-        if not all(type(n) is int and 0 <= n < 1 << 40 for n in numbers) or not isinstance(given["fingerprint"], str):
-            raise ValueError
-        if len(tokens) > context or context == 0 or any(
-                (layer[0], len(layer)) not in (("gdn", 6), ("kv", 3)) for layer in layers):
-            raise ValueError
-        expected = 0
-        for kind, *s in layers:
-            if kind == "gdn":
-                expected += 4 * (s[0] * s[1] + s[2] * s[3] * s[4])
-            else:
-                expected += 2 * s[0] * len(tokens) * s[1] * dtype.itemsize
-            # An empty sequence stores nothing of a KV layer, yet its arrays have one row: bound that too.
-            if expected > limit or (kind == "kv" and s[0] * s[1] > 1 << 24):
-                raise ValueError
-        if len(layers) > 4096:
-            raise ValueError
-        state = cls(Layout(given["fingerprint"], given["kv_dtype"], context, layers), capacity=len(tokens))
-        state.append(tokens)
-        return state, expected
+        return cls.rebuild(found, tokens, parts[0], parts[1:])
 
     def __repr__(self) -> str:
         return f"State(position={self.position}, nbytes={self.nbytes})"
 
 
-def _arrays(layer: DeltaNetState | KVState) -> tuple[np.ndarray, np.ndarray]:
-    return (layer.k, layer.v) if isinstance(layer, KVState) else (layer.conv, layer.recurrent)
+def _layout(data: dict[str, Any]) -> Layout:
+    """A `Layout` from JSON; ValueError, TypeError or KeyError unless it is one."""
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    layout = Layout(**fields)
+    lengths = (layout.conv, 2), (layout.recurrent, 3), (layout.kv, 2)
+    numbers = [*layout.layers, *layout.windows, *layout.conv, *layout.recurrent, *layout.kv, layout.hidden]
+    if not (isinstance(layout.fingerprint, str) and layout.kv_type in KV_TYPES
+            and all(len(values) == n for values, n in lengths) and len(layout.layers) <= 4096
+            and all(type(n) is int and -1 <= n < 1 << 24 for n in numbers)
+            and min((*layout.windows, *layout.conv, *layout.recurrent, *layout.kv, layout.hidden)) >= 0
+            and set(layout.layers) - {-1} == set(range(len(layout.windows)))
+            and layout.kv[1] % KV_TYPES[layout.kv_type].block == 0):
+        raise ValueError
+    return layout
 
 
-def _bytes_of(array: np.ndarray) -> memoryview:
-    """The memory of a contiguous array, also an empty one."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+def _product(numbers: Sequence[int]) -> int:
+    result = 1
+    for n in numbers:
+        result *= n
+    return result
+
+
+def _bytes(count: int) -> np.ndarray:
+    """Zeroed bytes from a multiple of 64 on. Zeroed, so that no kernel meets a NaN in a page's unused rows."""
+    raw = np.zeros(count + 64, np.uint8)
+    start = -int(raw.__array_interface__["data"][0]) % 64
+    return raw[start:start + count]
+
+
+def _floats(shape: tuple[int, ...]) -> np.ndarray:
+    return _bytes(4 * _product(shape)).view(np.float32).reshape(shape)
+
+
+def _copy(array: np.ndarray) -> np.ndarray:
+    copy = _floats(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """The memory of a contiguous array as bytes, also of an empty one."""
+    return array.reshape(-1).view(np.uint8)

@@ -60,6 +60,9 @@ class Batch:
 class Ops(Protocol):
     """What a device must be able to do. Results may live in buffers that the same call of the next layer reuses."""
 
+    def state(self) -> Any:
+        """The state before the first token."""
+
     def begin(self, batch: Batch) -> None:
         """Once before each pass: make room in the states, prepare rotary tables."""
 

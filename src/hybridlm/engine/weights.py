@@ -6,13 +6,13 @@ operations untouched. Names and shapes that a model must have are written here o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hybridlm.config import LINEAR, HybridConfig
 
-__all__ = ["MLP", "AttentionLayer", "DeltaNetLayer", "Loader", "Weights", "bind", "expected_tensors"]
+__all__ = ["MLP", "AttentionLayer", "DeltaNetLayer", "Loader", "Weights", "bind", "expected_tensors", "read_each_step"]
 
 # (name, shape in torch order, is a matrix). Matrices may be quantised; the others are vectors and convolution taps,
 # which every device holds in float32.
@@ -131,3 +131,19 @@ def expected_tensors(config: HybridConfig) -> dict[str, tuple[int, ...]]:
 
     bind(config, note)
     return shapes
+
+
+def read_each_step(weights: Weights) -> Iterator[Any]:
+    """The handles of everything that one decoding step reads whole: all but an input table that is not the head too."""
+    def inside(part: Any) -> Iterator[Any]:
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, MLP):
+                yield from inside(value)
+            else:
+                yield value
+
+    for layer in weights.layers:
+        yield from inside(layer)
+    yield weights.norm
+    yield weights.head

@@ -1,0 +1,10 @@
+"""Inference: an open model, sessions, generation. Never imports torch."""
+
+from hybridlm.engine.engine import Engine
+from hybridlm.engine.generate import Generation, Piece
+from hybridlm.engine.prefix_cache import PrefixCache
+from hybridlm.engine.sampler import Sampler
+from hybridlm.engine.session import Session
+from hybridlm.engine.state import State
+
+__all__ = ["Engine", "Generation", "Piece", "PrefixCache", "Sampler", "Session", "State"]

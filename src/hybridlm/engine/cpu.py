@@ -1,0 +1,128 @@
+"""The walk's operations on the CPU: native kernels over numpy arrays, weights read where the model file is mapped.
+
+Every result goes into a buffer that the same role takes again in the next layer; buffers grow to the largest pass seen
+and then stay, so that a pass allocates next to nothing. Their roles keep apart what is alive at the same time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hybridlm import native
+from hybridlm.config import HybridConfig, Rope
+from hybridlm.engine.state import KV_TYPES, PAGE, Layout, State
+from hybridlm.engine.walk import Batch
+from hybridlm.engine.weights import DeltaNetLayer, Loader
+from hybridlm.errors import FormatError
+
+__all__ = ["CPU", "file_loader"]
+
+Array = np.ndarray
+
+
+class CPU:
+    """`walk.Ops` over `hybridlm.native`. One pass at a time: the buffers are shared."""
+
+    def __init__(self, config: HybridConfig, layout: Layout) -> None:
+        self.config, self.layout = config, layout
+        self._kv_type = KV_TYPES[layout.kv_type].id
+        self._buffers: dict[tuple[str, int, int], Array] = {}
+        self._inv_freq: dict[Rope, Array] = {}
+        self._second = False  # which of two buffers the last norm filled: q's and k's are alive together
+
+    def state(self) -> State:
+        return State(self.layout)
+
+    def begin(self, batch: Batch) -> None:
+        for s in batch.segments:
+            s.state.reserve(s.last - s.first)
+
+    def embed(self, table: native.Matrix, batch: Batch) -> Array:
+        out = self._buffer("embed", 0, len(batch.ids), table.cols)
+        native.embed(table, batch.ids, out)
+        return out
+
+    def norm(self, x: Array, weight: Array, eps: float) -> Array:
+        self._second = not self._second
+        out = self._buffer("norm", self._second, *x.shape)
+        native.rms_norm(x, weight, eps, out)
+        return out
+
+    def linear(self, x: Array, *weights: native.Matrix) -> tuple[Array, ...]:
+        role = f"linear{len(weights)}"
+        outs = [self._buffer(role, i, len(x), w.rows) for i, w in enumerate(weights)]
+        native.linear(x, list(weights), outs)
+        return tuple(outs)
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        out = self._buffer("swiglu", 0, *gate.shape)
+        native.swiglu(gate, up, out)
+        return out
+
+    def add(self, x: Array, y: Array) -> Array:
+        native.add(x, y)
+        return x
+
+    def rope(self, x: Array, rope: Rope, batch: Batch) -> Array:
+        if rope not in self._inv_freq:
+            self._inv_freq[rope] = rope.inv_freq(self.config.head_dim)
+        native.rope(x, batch.positions, self._inv_freq[rope], rope.scale)
+        return x
+
+    def gdn(self, layer: int, w: DeltaNetLayer, q: Array, k: Array, v: Array, a: Array, b: Array, gate: Array,
+            batch: Batch) -> Array:
+        c, slot = self.config, self.layout.slots[layer]
+        out = self._buffer("gdn", 0, *v.shape)
+        for s in batch.segments:
+            rows = slice(s.first, s.last)
+            native.gdn(q[rows], k[rows], v[rows], a[rows], b[rows], gate[rows], w.conv_q, w.conv_k, w.conv_v, w.ssm_a,
+                       w.dt_bias, w.norm, s.state.conv[slot], s.state.recurrent[slot], c.gdn_norm_eps,
+                       c.linear_allow_neg_eigval, out[rows])
+        return out
+
+    def attention(self, layer: int, q: Array, k: Array, v: Array, window: int | None, batch: Batch) -> Array:
+        heads, width, kind = *self.layout.kv, self._kv_type
+        group, slot = self.layout.layers[layer], self.layout.slots[layer]
+        out = self._buffer("attention", 0, *q.shape)
+        for s in batch.segments:
+            rows, table = slice(s.first, s.last), s.state.groups[group].table(slot)
+            native.store_kv(k[rows], table, 0, PAGE, kind, s.position, heads, width)
+            native.store_kv(v[rows], table, 1, PAGE, kind, s.position, heads, width)
+            native.attention(q[rows], table, PAGE, kind, s.position, heads, width, window or 0, out[rows])
+        return out
+
+    def head(self, x: Array, weight: native.Matrix) -> Array:
+        out = np.empty((len(x), weight.rows), np.float32)
+        native.linear(x, [weight], [out])
+        return out
+
+    def _buffer(self, role: str, index: int, rows: int, width: int) -> Array:
+        key = (role, index, width)
+        buffer = self._buffers.get(key)
+        if buffer is None or len(buffer) < rows:
+            buffer = self._buffers[key] = np.empty((rows, width), np.float32)
+        return buffer[:rows]
+
+
+def file_loader(file: Any, name: str) -> Loader:
+    """Loads from an open `GGUFFile`: matrices as views of the mapped file, everything else as float32 arrays."""
+    from hybridlm.formats.blocks import dequantize
+
+    def load(tensor: str, shape: tuple[int, ...], matrix: bool) -> Any:
+        found = file.tensors.get(tensor)
+        if found is None:
+            raise FormatError(f"{name}: tensor {tensor} is missing; convert the model again")
+        if tuple(found.shape) != shape:
+            raise FormatError(f"{name}: tensor {tensor} has shape {list(found.shape)} where the model's configuration "
+                              f"needs {list(shape)}; convert the model again")
+        data = file.data(tensor)
+        if not matrix:
+            return np.ascontiguousarray(dequantize(found.type, data, shape), dtype=np.float32)
+        try:
+            return native.Matrix(data, int(found.type), *shape)
+        except ValueError as error:
+            raise FormatError(f"{name}: tensor {tensor} cannot be used ({error}); convert the model again") from None
+
+    return load

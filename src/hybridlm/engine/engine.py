@@ -1,0 +1,436 @@
+"""`Engine`: an open model. Logits, scores, text, and sessions over one set of weights.
+
+    engine = Engine.open("model.gguf")
+    for piece in engine.generate("The steam engine", max_tokens=50):
+        print(piece.text, end="", flush=True)
+
+An engine runs one pass at a time, under a lock; threads take turns pass by pass. What reads long texts does so in slabs
+of `SLAB` rows, so memory beside the weights and the state does not grow with the length.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridlm.config import HybridConfig
+from hybridlm.engine.generate import Generation
+from hybridlm.engine.prefix_cache import PrefixCache
+from hybridlm.engine.sampler import Sampler
+from hybridlm.engine.session import Session
+from hybridlm.engine.state import Layout, State
+from hybridlm.engine.walk import Batch, Ops, forward, logits
+from hybridlm.engine.weights import Weights, bind, read_each_step
+from hybridlm.errors import FormatError, HybridLMError
+
+__all__ = ["CACHE_BYTES", "CHECKPOINT_EVERY", "Engine"]
+
+SLAB = 256  # rows of one pass: enough for the matmuls, small enough for memory and for an interruption
+HEAD_ROWS = 32  # rows of logits made at a time where many are needed and none is kept
+SCORE_BYTES = 256 << 20  # of the states of texts scored side by side
+CACHE_BYTES = 1 << 30
+CHECKPOINT_EVERY = 512
+
+
+class Engine:
+    """Open one with `Engine.open` or `Engine.random`."""
+
+    def __init__(self, weights: Weights, ops: Ops, layout: Layout, *, name: str = "model", context: int | None = None,
+                 device: str = "cpu", model_bytes: int = 0, file: Any = None, cache_bytes: int = CACHE_BYTES,
+                 checkpoint_every: int = CHECKPOINT_EVERY) -> None:
+        """For engines of other devices and for tests: weights as the device's loader made them, and its operations.
+
+        Args:
+            context: the most tokens a sequence may have; None is what the model was made for.
+            file: an open `GGUFFile` that has the tokenizer and the chat template.
+            cache_bytes: budget of the prefix cache; 0 turns it off.
+            checkpoint_every: tokens between the checkpoints that `generate` keeps while it reads a prompt.
+        """
+        self.config: HybridConfig = weights.config
+        self.layout = layout
+        self.name = name
+        self.device = device
+        self.context = self.config.max_position_embeddings if context is None else _positive("context", context)
+        self.model_bytes = model_bytes
+        self.checkpoint_every = _positive("checkpoint_every", checkpoint_every)
+        self.cache = PrefixCache(cache_bytes)
+        self._weights, self._ops, self._file = weights, ops, file
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str = "f16",
+             context: int | None = None, *, cache_bytes: int = CACHE_BYTES,
+             checkpoint_every: int = CHECKPOINT_EVERY) -> Engine:
+        """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
+
+        Args:
+            device: "cpu".
+            threads: that work on a pass; None leaves the native core's choice, all cores. One setting per process.
+            kv_type: how attention keeps keys and values: "f32", "f16" or "q8_0" (half of f16).
+            context, cache_bytes, checkpoint_every: as for `Engine`.
+
+        Raises `FormatError` for a file that is no such model, `HybridLMError` for options that cannot be.
+        """
+        if _device(device) == "cuda":
+            from hybridlm.engine import cuda  # type: ignore[attr-defined]
+
+            return cuda.open_engine(cls, path, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
+                                    checkpoint_every=checkpoint_every)
+        from hybridlm.engine.cpu import CPU, file_loader
+        from hybridlm.formats.gguf_reader import GGUFFile
+
+        path = Path(path)
+        if path.is_dir():
+            raise FormatError(f"{path}: is a folder; convert it first (hybridlm convert {path} model.gguf)")
+        file = GGUFFile.open(path)
+        try:
+            layout = Layout.of(file.config, file.fingerprint, kv_type)
+            weights = bind(file.config, file_loader(file, str(path)))
+            _set_threads(threads)
+            return cls(weights, CPU(file.config, layout), layout, name=path.stem, context=context, file=file,
+                       model_bytes=path.stat().st_size, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every)
+        except BaseException:
+            file.close()
+            raise
+
+    @classmethod
+    def random(cls, config: HybridConfig, type: str = "q4_0", seed: int = 0, *, threads: int | None = None,
+               kv_type: str = "f16", context: int | None = None, cache_bytes: int = CACHE_BYTES,
+               checkpoint_every: int = CHECKPOINT_EVERY) -> Engine:
+        """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer."""
+        from hybridlm.engine.cpu import CPU
+        from hybridlm.engine.random_weights import random_loader
+
+        loader = random_loader(type, seed)
+        weights = bind(config, loader)
+        layout = Layout.of(config, f"random {type} {seed} {config}", kv_type)
+        _set_threads(threads)
+        return cls(weights, CPU(config, layout), layout, name=f"random-{type}", context=context,
+                   model_bytes=loader.nbytes, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every)
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's `Tokenizer`. Raises `FormatError` where the file has none."""
+        from hybridlm.text.tokenizer import Tokenizer
+
+        text = self._file.tokenizer_json if self._file else None
+        if text is None:
+            raise FormatError(f"{self.name}: has no tokenizer; give token ids, or convert the model again from a "
+                              "folder with a tokenizer.json")
+        eos = self.config.eos_token_ids
+        return Tokenizer.from_json(text, eos=eos[0] if eos else None)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._file is not None and self._file.tokenizer_json is not None
+
+    @cached_property
+    def chat_template(self) -> Any:
+        """The model's `ChatTemplate`, or None: then it has no chat format and only continues text."""
+        from hybridlm.text.chat import ChatTemplate
+
+        source = self._file.chat_template if self._file else None
+        if not source:
+            return None
+        ids = {"bos_token": self.config.bos_token_id, "eos_token": self.eos[0] if self.eos else None,
+               "pad_token": self.config.pad_token_id}
+        names = {k: self.tokenizer.id_to_token(i) for k, i in ids.items() if i is not None}
+        return ChatTemplate(source, special_tokens={k: name for k, name in names.items() if name})
+
+    @cached_property
+    def eos(self) -> tuple[int, ...]:
+        """Token ids that end a text: the configuration's, else the tokenizer's."""
+        if self.config.eos_token_ids or not self.has_tokenizer:
+            return self.config.eos_token_ids
+        return () if self.tokenizer.eos is None else (self.tokenizer.eos,)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt; of an empty one the token that stands before a text."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        if not ids:
+            start = [t for t in (self.config.bos_token_id, *self.eos) if t is not None]
+            if not start:
+                raise HybridLMError("prompt: empty, and this model has no token that begins a text; give some text")
+            ids = start[:1]
+        return ids
+
+    def generate(self, prompt: str | Sequence[int], *, max_tokens: int | None = None, temperature: float = 1.0,
+                 top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+                 seed: int | None = None, stop: str | Sequence[str] = (), ignore_eos: bool = False,
+                 checkpoints: Sequence[int] = ()) -> Generation:
+        """Continue a prompt: an iterator of `Piece`s, one a token, that also knows the whole afterwards.
+
+        Args:
+            prompt: text, in which the spelling of a special token becomes that token, or token ids.
+            max_tokens: the most to generate; None until the context is full.
+            temperature, top_k, top_p, min_p, repetition_penalty, seed: as `Sampler` explains; temperature 0 is greedy.
+            stop: texts that end the output and are not part of it.
+            ignore_eos: go on after the token that ends a text.
+            checkpoints: positions in the prompt where a later prompt may part ways, kept in the prefix cache besides
+                every `checkpoint_every`-th, the prompt's end and the output's.
+        """
+        sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        return Generation(self, self.encode(prompt), sampler, max_tokens=max_tokens,
+                          stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                          eos=() if ignore_eos else self.eos, checkpoints=checkpoints)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
+             template: Mapping[str, Any] | None = None, **options: Any) -> Generation:
+        """Answer a conversation: `generate` on the rendered messages, `options` going there.
+
+        The end of the last message is kept as a checkpoint too: what the template adds to open the answer (a thinking
+        mark, say) may be gone when the next turn renders the conversation again. `template`: names for the template.
+        """
+        if self.chat_template is None:
+            raise HybridLMError(f"{self.name}: has no chat template; continue text with generate instead")
+        names = dict(template or {})
+        tokens = self.encode(self.chat_template.render(messages, tools=tools, **names))
+        end = self.encode(self.chat_template.render(messages, add_generation_prompt=False, tools=tools, **names))
+        return self.generate(tokens, checkpoints=(*options.pop("checkpoints", ()), common_prefix(tokens, end)),
+                             **options)
+
+    # -- numbers -------------------------------------------------------------------------------------------------
+
+    def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Float32 [T, vocab]: row t is what follows tokens[0..t]."""
+        return self.step([(self.session(), tokens)], every=True)
+
+    def logprobs(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Float32 [T - 1]: the log-probability of each token but the first, given those before it."""
+        return self.score([tokens])[0]
+
+    def score(self, texts: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
+        """`logprobs` of several texts, read side by side."""
+        ids = [self._ids(tokens) for tokens in texts]
+        result = [np.zeros(len(t) - 1, np.float32) for t in ids]
+        order = [i for i in sorted(range(len(ids)), key=lambda i: len(ids[i])) if len(ids[i]) > 1]
+        most = max(1, SCORE_BYTES // self.layout.fixed_bytes)
+        states: list[Any] = []
+        while order:
+            group = [order.pop()]  # a long text alone, short ones as many as one pass holds
+            while order and len(group) < most and sum(len(ids[i]) for i in (*group, order[-1])) <= SLAB:
+                group.append(order.pop())
+            for state in states:
+                state.reset()
+            states += [self._ops.state() for _ in range(len(group) - len(states))]
+            parts = [(state, ids[i][:-1]) for state, i in zip(states, group, strict=False)]
+            for slices, hidden in self._read(parts):
+                targets = np.concatenate([ids[group[p]][a + 1:b + 1] for p, a, b in slices])
+                found, row = self._logprobs(hidden, targets), 0
+                for p, a, b in slices:
+                    result[group[p]][a:b] = found[row:row + b - a]
+                    row += b - a
+        return result
+
+    def decode_bytes_per_token(self, context: int = 0) -> int:
+        """Bytes that generating one token after `context` others must move through memory.
+
+        All weights but the input table (unless it is the head too), the recurrent and convolution state read and
+        written, keys and values read.
+        """
+        weights = sum(handle.nbytes for handle in read_each_step(self._weights))
+        state = self.layout.fixed_bytes - 4 * self.layout.hidden
+        return weights + 2 * state + self.layout.kv_bytes_read(context)
+
+    # -- sessions ------------------------------------------------------------------------------------------------
+
+    def session(self) -> Session:
+        """A new sequence."""
+        return Session(self, self._ops.state())
+
+    def resume(self, tokens: Sequence[int]) -> tuple[Session, int]:
+        """A session that has read the longest prefix of `tokens` in the prefix cache, and that prefix's length."""
+        checkpoint = self.cache.find(tokens)
+        if checkpoint is None:
+            return self.session(), 0
+        session = Session(self, checkpoint.clone())
+        return session, session.position
+
+    def save_cache(self, path: str | Path) -> None:
+        """Write the prefix cache to a file."""
+        self.cache.save(path, repr(self.layout))
+
+    def load_cache(self, path: str | Path) -> int:
+        """Add what `save_cache` wrote for the same model; returns the number of checkpoints, 0 if it does not fit."""
+        def rebuild(tokens: list[int], own: bytes, blocks: list[Any]) -> State:
+            if not all(type(t) is int and 0 <= t < self.config.vocab_size for t in tokens):
+                raise ValueError
+            return State.rebuild(self.layout, tokens, own, blocks)
+
+        return self.cache.load(path, repr(self.layout), State.block, rebuild)
+
+    def step(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]], every: bool = False) -> np.ndarray:
+        """Read new tokens into several sessions at once, sharing each read of the weights.
+
+        Float32 logits of what follows: [len(batch), vocab] after each session's last token, in order; with `every`
+        [all tokens, vocab], row after row.
+
+        The sessions must differ. When a pass is interrupted, all sessions in the batch become unusable.
+        """
+        parts = self._parts(batch)
+        if not every:
+            with self._lock:
+                self._finish(parts)
+                return self.next_logits([session for session, _ in batch])
+        first = np.cumsum([0] + [len(ids) for _, ids in parts])
+        out = np.empty((int(first[-1]), self.config.vocab_size), np.float32)
+        for slices, hidden in self._read(parts):
+            row = 0
+            for p, a, b in slices:
+                for i in range(0, b - a, HEAD_ROWS):
+                    j = min(i + HEAD_ROWS, b - a)
+                    out[first[p] + a + i:first[p] + a + j] = logits(self._weights, self._ops, hidden[row + i:row + j])
+                row += b - a
+        return out
+
+    def feed(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> None:
+        """`step` without logits."""
+        self._finish(self._parts(batch))
+
+    def next_logits(self, sessions: Sequence[Session]) -> np.ndarray:
+        """Float32 [len(sessions), vocab]: what follows the last token that each has read."""
+        for session in sessions:
+            session._check()
+            if not session.position:
+                raise HybridLMError("session: has read nothing yet; prefill it first")
+        with self._lock:
+            hidden = np.stack([session.state.hidden for session in sessions])
+            return np.asarray(logits(self._weights, self._ops, hidden))
+
+    def close(self) -> None:
+        """Let go of the model file and the cache. The engine and its sessions must not be used afterwards."""
+        self.cache.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Engine({self.name}, device={self.device}, kv_type={self.layout.kv_type}, context={self.context})"
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Tokens as int32, checked."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or not ids.size:
+            raise HybridLMError("tokens: expected one or more token ids in a row")
+        if ids.dtype.kind not in "iu":
+            raise HybridLMError("tokens: expected whole numbers")
+        low, high = ids.min(), ids.max()
+        if low < 0 or high >= self.config.vocab_size:
+            raise HybridLMError(f"tokens: {low if low < 0 else high} is outside the model's vocabulary of "
+                                f"{self.config.vocab_size}")
+        return ids.astype(np.int32)
+
+    def _parts(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> list[tuple[Any, np.ndarray]]:
+        """The states and tokens of a batch, checked."""
+        if len({id(session.state) for session, _ in batch}) < len(batch):
+            raise HybridLMError("batch: a session appears twice; join its tokens")
+        parts = []
+        for session, tokens in batch:
+            session._check()
+            if session.engine is not self:
+                raise HybridLMError("session: belongs to another engine")
+            parts.append((session.state, self._ids(tokens)))
+        if not parts:
+            raise HybridLMError("batch: empty; give at least one session with its tokens")
+        return parts
+
+    def _finish(self, parts: Sequence[tuple[Any, np.ndarray]]) -> None:
+        for _ in self._read(parts):
+            pass
+
+    def _read(self, parts: Sequence[tuple[Any, np.ndarray]]) -> Iterator[tuple[list[tuple[int, int, int]], Any]]:
+        """Read tokens into states, at most SLAB rows a pass.
+
+        Yields after each pass what its rows were, as (part, first token, last token exclusive) in order, and the final
+        hidden rows, which the next pass overwrites. The states are valid again when all is read.
+        """
+        for state, ids in parts:
+            if state.position + len(ids) > self.context:
+                raise HybridLMError(f"context: {state.position + len(ids)} tokens do not fit in {self.context}; open "
+                                    "the model with a larger context or shorten the text")
+        with self._lock:
+            for state, _ in parts:
+                state.valid = False
+            for slices in _slices([len(ids) for _, ids in parts], SLAB):
+                batch = Batch.of([(parts[p][0], parts[p][1][a:b]) for p, a, b in slices])
+                hidden = forward(self._weights, self._ops, batch)
+                for (p, a, b), segment in zip(slices, batch.segments, strict=True):
+                    state, ids = parts[p]
+                    state.tokens += ids[a:b].tolist()
+                    state.hidden[:] = hidden[segment.last - 1]
+                yield slices, hidden
+            for state, _ in parts:
+                state.valid = True
+
+    def _logprobs(self, hidden: Any, targets: np.ndarray) -> np.ndarray:
+        """Log-probability of a target after each row."""
+        out = np.empty(len(targets), np.float32)
+        for i in range(0, len(targets), HEAD_ROWS):
+            x = logits(self._weights, self._ops, hidden[i:i + HEAD_ROWS])
+            x -= x.max(axis=-1, keepdims=True)
+            chosen = np.take_along_axis(x, targets[i:i + HEAD_ROWS, None].astype(np.int64), axis=-1)[:, 0]
+            np.exp(x, out=x)
+            out[i:i + HEAD_ROWS] = chosen - np.log(x.sum(axis=-1, dtype=np.float64))
+        return out
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts share at their beginning."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def _slices(lengths: Sequence[int], rows: int) -> Iterator[list[tuple[int, int, int]]]:
+    """(part, first, last) triples that cover all parts in order, in groups of at most `rows` tokens."""
+    group: list[tuple[int, int, int]] = []
+    room = rows
+    for part, length in enumerate(lengths):
+        first = 0
+        while first < length:
+            last = min(length, first + room)
+            group.append((part, first, last))
+            room -= last - first
+            first = last
+            if not room:
+                yield group
+                group, room = [], rows
+    if group:
+        yield group
+
+
+def _device(device: str) -> str:
+    from importlib.util import find_spec
+
+    kind = str(device).split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise HybridLMError(f'device: {device!r} is unknown; use "cpu"')
+    if kind == "cuda" and find_spec("hybridlm.engine.cuda") is None:
+        raise HybridLMError('device: the GPU engine is not in this version yet; use device="cpu"')
+    return kind
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        from hybridlm import native
+
+        native.set_threads(_positive("threads", threads))
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise HybridLMError(f"{name}: must be a positive whole number, not {value!r}")
+    return value
