@@ -89,7 +89,7 @@ class Generation:
         try:
             yield from self._pieces_of(session)
         finally:
-            self._keep(session, final=True)
+            self._keep(session, LEAST_GAP, final=True)
 
     def _pieces_of(self, session: Session) -> Iterator[Piece]:
         began = time.perf_counter()
@@ -145,13 +145,14 @@ class Generation:
         marks = {end, *range(every, end, every), *self._marks} if self._engine.cache.budget else {end}
         for mark in sorted(m for m in marks if start < m <= end):
             session.feed(self.prompt[session.position:mark])
-            self._keep(session)
+            self._keep(session, 1 if mark in self._marks else LEAST_GAP)
 
-    def _keep(self, session: Session, final: bool = False) -> None:
-        """Put the session's state into the prefix cache; its own if nothing will follow, else a copy."""
+    def _keep(self, session: Session, least: int, final: bool = False) -> None:
+        """Put the session's state into the prefix cache, if it saves `least` tokens or more: its own if nothing will
+        follow, else a copy."""
         cache, state = self._engine.cache, session.state
         if (state.valid and state.own_nbytes <= cache.budget
-                and state.position - cache.covered(state.tokens) >= LEAST_GAP):
+                and state.position - cache.covered(state.tokens) >= least):
             cache.put(state if final else state.clone())
 
 

@@ -5,9 +5,10 @@ part ways (the end of a turn, every so many tokens). They hang in a radix tree o
 down the tree and gives the deepest checkpoint it passes.
 
 A checkpoint holds a part of its own and blocks (full KV pages) that it shares with others; the budget counts each
-block once. When it is exceeded, the checkpoint goes that is worth least: GreedyDual-Size (Cao and Irani, 1997) with the
-tokens that would have to be read again, back to the nearest checkpoint above, as the cost, and the bytes of its own
-part as the size. So old ones go first, and dense ones before sparse ones: a long prompt thins out evenly.
+block once. When it is exceeded, the checkpoint goes that is worth least, by GreedyDual-Size-Frequency (Cherkasova,
+1998): uses x cost / size above the worth that the last evicted one had when this one was last used. The cost is the
+tokens that would have to be read again, back to the nearest checkpoint above; the size the bytes of its own part. So
+old ones go first, and dense ones before sparse ones: a long prompt thins out evenly.
 
 The cache knows nothing about devices. Whatever an engine stores has the members of `Checkpoint`; nothing here looks
 inside, changes or copies one, and who takes one out must clone it before going on from it.
@@ -33,11 +34,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hybridlm.formats.atomic import atomic_write
+
 __all__ = ["Checkpoint", "PrefixCache", "Stats"]
 
 _MAGIC, _VERSION = b"hlmcache", 1
 _PREFIX = struct.Struct("<8sIQ32s")  # magic, version, bytes of the index, sha256 of the index
 _MAX_INDEX = 1 << 30
+_MOST_USES = 8  # counted for worth, so that yesterday's favourite does not stay for ever
 
 
 class Checkpoint(Protocol):
@@ -73,13 +77,14 @@ class Stats:
 class _Node:
     """A place in the tree: the tokens from its parent's place to its own, and perhaps a checkpoint."""
 
-    __slots__ = ("children", "clock", "depth", "edge", "entry", "parent", "used")
+    __slots__ = ("children", "clock", "depth", "edge", "entry", "parent", "used", "uses")
 
     def __init__(self, parent: _Node | None, edge: np.ndarray) -> None:
         self.parent, self.edge = parent, edge
         self.depth: int = len(edge) + (parent.depth if parent else 0)
         self.children: dict[int, _Node] = {}
         self.entry: Any = None
+        self.uses = 0  # its making counts
         self.clock = 0.0  # of GreedyDual, when it was last of use
         self.used = 0  # a serial number of that use, to settle ties
 
@@ -212,7 +217,7 @@ class PrefixCache:
 
     def _remove(self, node: _Node) -> None:
         """Drop a node's checkpoint, and what of the tree only led to it."""
-        entry, node.entry = node.entry, None
+        entry, node.entry, node.uses = node.entry, None, 0
         self._nodes.discard(node)
         self._nbytes -= entry.own_nbytes
         for block in entry.blocks():
@@ -234,13 +239,14 @@ class PrefixCache:
     # -- worth ---------------------------------------------------------------------------------------------------
 
     def _touch(self, node: _Node) -> None:
-        node.clock, node.used = self._clock, next(self._serial)
+        node.clock, node.used, node.uses = self._clock, next(self._serial), node.uses + 1
 
     def _worth(self, node: _Node) -> float:
         above = node.parent
         while above is not None and above.entry is None:
             above = above.parent
-        return node.clock + (node.depth - (above.depth if above else 0)) / max(1, node.entry.own_nbytes)
+        cost = node.depth - (above.depth if above else 0)
+        return node.clock + min(node.uses, _MOST_USES) * cost / max(1, node.entry.own_nbytes)
 
     def _shrink(self, keep: _Node) -> None:
         while self._nbytes > self.budget:
@@ -269,29 +275,20 @@ class PrefixCache:
             index.append({"tokens": [int(t) for t in entry.tokens], "blocks": blocks, "own": len(parts)})
             parts.append(entry.own_parts)
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with scratch.open("wb") as file:
-                file.write(bytes(_PREFIX.size))
-                table: list[tuple[int, int, str]] = []
-                for part in parts:
-                    digest, offset = hashlib.sha256(), file.tell()
-                    for buffer in part():
-                        digest.update(buffer)
-                        file.write(buffer)
-                    table.append((offset, file.tell() - offset, digest.hexdigest()))
-                body = json.dumps({"fingerprint": fingerprint, "entries": index, "parts": table},
-                                  separators=(",", ":")).encode()
-                file.write(body)
-                file.seek(0)
-                file.write(_PREFIX.pack(_MAGIC, _VERSION, len(body), hashlib.sha256(body).digest()))
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            file.write(bytes(_PREFIX.size))
+            table: list[tuple[int, int, str]] = []
+            for part in parts:
+                digest, offset = hashlib.sha256(), file.tell()
+                for buffer in part():
+                    digest.update(buffer)
+                    file.write(buffer)
+                table.append((offset, file.tell() - offset, digest.hexdigest()))
+            body = json.dumps({"fingerprint": fingerprint, "entries": index, "parts": table},
+                              separators=(",", ":")).encode()
+            file.write(body)
+            file.seek(0)
+            file.write(_PREFIX.pack(_MAGIC, _VERSION, len(body), hashlib.sha256(body).digest()))
 
     def load(self, path: str | Path, fingerprint: str, block: Callable[[bytes], Any],
              rebuild: Callable[[list[int], bytes, list[Any]], Any]) -> int:

@@ -12,7 +12,6 @@ Sessions of one engine may be used from several threads, each by one thread at a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import numpy as np
 
 from hybridlm.engine.state import State
 from hybridlm.errors import FormatError, HybridLMError
+from hybridlm.formats.atomic import atomic_write
 
 if TYPE_CHECKING:
     from hybridlm.engine.engine import Engine
@@ -79,16 +79,8 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write the state to a file, whole or not at all."""
         self._check()
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with scratch.open("wb") as file:
-                self.state.write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            self.state.write(file)
 
     def load(self, path: str | Path) -> None:
         """Go on from a saved state. Raises `FormatError`, changing nothing, when it is damaged or another model's."""
