@@ -16,7 +16,7 @@ from typing import Any
 from hybridlm.config import FULL, LINEAR, SLIDING, HybridConfig, Rope, Yarn
 from hybridlm.errors import ConfigError
 
-__all__ = ["read_config", "write_config"]
+__all__ = ["read_config", "read_generation_eos", "write_config"]
 
 MAX_FILE_BYTES = 16 << 20
 
@@ -43,11 +43,25 @@ _HANDLED = _OWN | set(_FIXED) | {"model_type", "architectures", "num_hidden_laye
 def read_config(path: str | Path) -> HybridConfig:
     """Read `config.json` (its folder, or the file itself). Raises `ConfigError` naming what is wrong."""
     file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
+    return from_hf(_read_object(file / "config.json" if file.is_dir() else file))
+
+
+def read_generation_eos(folder: str | Path) -> tuple[int, ...]:
+    """Ids that end a sequence according to `generation_config.json`, which often names more than `config.json`."""
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return ()
+    eos = _read_object(file).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ConfigError(f"eos_token_id: must be a token id, not {eos!r} (in {file})")
+    return tuple(ids)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{file}: too large for a config.json")
+            raise ConfigError(f"{file}: too large for a {file.name}")
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a model's folder") from None
@@ -55,7 +69,7 @@ def read_config(path: str | Path) -> HybridConfig:
         raise ConfigError(f"{file}: not valid JSON ({error}); download it again") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a JSON object")
-    return from_hf(data)
+    return data
 
 
 def from_hf(data: dict[str, Any]) -> HybridConfig:
