@@ -15,7 +15,7 @@ import numpy as np
 from hybridlm.config import HybridConfig, Rope
 from hybridlm.engine.state import PAGE, Layout, State
 from hybridlm.engine.walk import Batch, Segment
-from hybridlm.engine.weights import DeltaNetLayer, Loader
+from hybridlm.engine.weights import DeltaNetLayer, Loader, Weights
 
 Array = np.ndarray
 DTYPES = {"f32": np.float32, "f16": np.float16}
@@ -79,7 +79,16 @@ class ReferenceOps:
 
     def gdn(self, layer: int, w: DeltaNetLayer, q: Array, k: Array, v: Array, a: Array, b: Array, gate: Array,
             batch: Batch) -> Array:
+        for s in batch.segments:
+            if s.trial is not None:
+                s.trial.keep(self.layout.slots[layer], s.state, *(x[s.first:s.last] for x in (q, k, v, a, b)))
         return np.concatenate([self._gdn(self.layout.slots[layer], w, s, q, k, v, a, b, gate) for s in batch.segments])
+
+    def replay(self, weights: Weights, state: State, rows: dict[int, tuple[Array, ...]], count: int) -> None:
+        for layer, slot in zip(weights.layers, self.layout.slots, strict=True):
+            if isinstance(layer, DeltaNetLayer):
+                q, k, v, a, b = rows[slot]
+                self._gdn(slot, layer, Segment(state, 0, count, 0), q, k, v, a, b, v)
 
     def _gdn(self, slot: int, w: DeltaNetLayer, seg: Segment, *inputs: Array) -> Array:
         c = self.config

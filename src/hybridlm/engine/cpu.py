@@ -14,7 +14,7 @@ from hybridlm import native
 from hybridlm.config import HybridConfig, Rope
 from hybridlm.engine.state import KV_TYPES, PAGE, Layout, State
 from hybridlm.engine.walk import Batch
-from hybridlm.engine.weights import DeltaNetLayer, Loader
+from hybridlm.engine.weights import DeltaNetLayer, Loader, Weights
 from hybridlm.errors import FormatError
 
 __all__ = ["CPU", "file_loader"]
@@ -73,14 +73,27 @@ class CPU:
 
     def gdn(self, layer: int, w: DeltaNetLayer, q: Array, k: Array, v: Array, a: Array, b: Array, gate: Array,
             batch: Batch) -> Array:
-        c, slot = self.config, self.layout.slots[layer]
-        out = self._buffer("gdn", 0, *v.shape)
+        slot, out = self.layout.slots[layer], self._buffer("gdn", 0, *v.shape)
         for s in batch.segments:
-            rows = slice(s.first, s.last)
-            native.gdn(q[rows], k[rows], v[rows], a[rows], b[rows], gate[rows], w.conv_q, w.conv_k, w.conv_v, w.ssm_a,
-                       w.dt_bias, w.norm, s.state.conv[slot], s.state.recurrent[slot], c.gdn_norm_eps,
-                       c.linear_allow_neg_eigval, out[rows])
+            inputs = [x[s.first:s.last] for x in (q, k, v, a, b)]
+            if s.trial is not None:
+                s.trial.keep(slot, s.state, *inputs)
+            self._gdn(w, slot, s.state, inputs, gate[s.first:s.last], out[s.first:s.last], s.trial is None)
         return out
+
+    def replay(self, weights: Weights, state: State, rows: dict[int, tuple[Array, ...]], count: int) -> None:
+        for layer, slot in zip(weights.layers, self.layout.slots, strict=True):
+            if isinstance(layer, DeltaNetLayer):
+                inputs = [x[:count] for x in rows[slot]]
+                out = self._buffer("gdn", 0, *inputs[2].shape)
+                self._gdn(layer, slot, state, inputs, inputs[2], out, False)  # any gate: only the state matters
+
+    def _gdn(self, w: DeltaNetLayer, slot: int, state: State, inputs: list[Array], gate: Array, out: Array,
+             chunked: bool) -> None:
+        c = self.config
+        q, k, v, a, b = inputs
+        native.gdn(q, k, v, a, b, gate, w.conv_q, w.conv_k, w.conv_v, w.ssm_a, w.dt_bias, w.norm, state.conv[slot],
+                   state.recurrent[slot], c.gdn_norm_eps, c.linear_allow_neg_eigval, out, chunked)
 
     def attention(self, layer: int, q: Array, k: Array, v: Array, window: int | None, batch: Batch) -> Array:
         heads, width, kind = *self.layout.kv, self._kv_type

@@ -23,7 +23,7 @@ from hybridlm.engine.generate import Generation
 from hybridlm.engine.prefix_cache import PrefixCache
 from hybridlm.engine.sampler import Sampler
 from hybridlm.engine.session import Session
-from hybridlm.engine.state import Layout, State
+from hybridlm.engine.state import Layout, State, Trial
 from hybridlm.engine.walk import Batch, Ops, forward, logits
 from hybridlm.engine.weights import Weights, bind, read_each_step
 from hybridlm.errors import FormatError, HybridLMError
@@ -164,7 +164,7 @@ class Engine:
     def generate(self, prompt: str | Sequence[int], *, max_tokens: int | None = None, temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
                  seed: int | None = None, stop: str | Sequence[str] = (), ignore_eos: bool = False,
-                 checkpoints: Sequence[int] = ()) -> Generation:
+                 checkpoints: Sequence[int] = (), speculative: bool = False) -> Generation:
         """Continue a prompt: an iterator of `Piece`s, one a token, that also knows the whole afterwards.
 
         Args:
@@ -175,11 +175,13 @@ class Engine:
             ignore_eos: go on after the token that ends a text.
             checkpoints: positions in the prompt where a later prompt may part ways, kept in the prefix cache besides
                 every `checkpoint_every`-th, the prompt's end and the output's.
+            speculative: guess from what the text repeats and check several guesses in one pass. The output stays what
+                it is (see `speculative.py`); text that repeats itself comes faster.
         """
         sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         return Generation(self, self.encode(prompt), sampler, max_tokens=max_tokens,
                           stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                          eos=() if ignore_eos else self.eos, checkpoints=checkpoints)
+                          eos=() if ignore_eos else self.eos, checkpoints=checkpoints, speculative=speculative)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
              template: Mapping[str, Any] | None = None, **options: Any) -> Generation:
@@ -266,22 +268,26 @@ class Engine:
 
         return self.cache.load(path, repr(self.layout), State.block, rebuild)
 
-    def step(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]], every: bool = False) -> np.ndarray:
+    def step(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]], every: bool = False,
+             trial: bool = False) -> np.ndarray:
         """Read new tokens into several sessions at once, sharing each read of the weights.
 
         Float32 logits of what follows: [len(batch), vocab] after each session's last token, in order; with `every`
-        [all tokens, vocab], row after row.
+        [all tokens, vocab], row after row. With `trial` the sessions can `take_back` the last of these tokens, until
+        their next step; the tokens in all must then fit in one pass, `SLAB`.
 
         The sessions must differ. When a pass is interrupted, all sessions in the batch become unusable.
         """
         parts = self._parts(batch)
+        if trial:
+            self._begin_trial(parts)
         if not every:
             with self._lock:
-                self._finish(parts)
+                self._finish(parts, trial)
                 return self.next_logits([session for session, _ in batch])
         first = np.cumsum([0] + [len(ids) for _, ids in parts])
         out = np.empty((int(first[-1]), self.config.vocab_size), np.float32)
-        for slices, hidden in self._read(parts):
+        for slices, hidden in self._read(parts, trial):
             row = 0
             for p, a, b in slices:
                 for i in range(0, b - a, HEAD_ROWS):
@@ -348,11 +354,36 @@ class Engine:
             raise HybridLMError("batch: empty; give at least one session with its tokens")
         return parts
 
-    def _finish(self, parts: Sequence[tuple[Any, np.ndarray]]) -> None:
-        for _ in self._read(parts):
+    def _begin_trial(self, parts: Sequence[tuple[Any, np.ndarray]]) -> None:
+        if sum(len(ids) for _, ids in parts) > SLAB:
+            raise HybridLMError(f"trial: {sum(len(ids) for _, ids in parts)} tokens do not fit in one pass of {SLAB}")
+        for state, _ in parts:
+            state.trial = state.trial or Trial(state)
+
+    def take_back(self, session: Session, count: int) -> None:
+        """Make the session forget the last `count` tokens of its last step, which must have been a trial."""
+        session._check()
+        state, trial = session.state, session.state.trial
+        if trial is None or trial.position < 0 or not 0 <= count <= state.position - trial.position:
+            raise HybridLMError(f"take_back: the last step was no trial of {count} or more tokens")
+        kept = state.position - trial.position - count
+        with self._lock:
+            if count:
+                hidden, tokens, state.valid = trial.hidden, state.tokens[trial.position:trial.position + kept], False
+                trial.go_back(state)
+                if kept:
+                    self._ops.replay(self._weights, state, trial.rows, kept)
+                state.hidden[:] = hidden[kept]
+                state.tokens += tokens
+                state.valid = True
+            trial.position = -1
+
+    def _finish(self, parts: Sequence[tuple[Any, np.ndarray]], trial: bool = False) -> None:
+        for _ in self._read(parts, trial):
             pass
 
-    def _read(self, parts: Sequence[tuple[Any, np.ndarray]]) -> Iterator[tuple[list[tuple[int, int, int]], Any]]:
+    def _read(self, parts: Sequence[tuple[Any, np.ndarray]], trial: bool = False
+              ) -> Iterator[tuple[list[tuple[int, int, int]], Any]]:
         """Read tokens into states, at most SLAB rows a pass.
 
         Yields after each pass what its rows were, as (part, first token, last token exclusive) in order, and the final
@@ -366,10 +397,14 @@ class Engine:
             for state, _ in parts:
                 state.valid = False
             for slices in _slices([len(ids) for _, ids in parts], SLAB):
-                batch = Batch.of([(parts[p][0], parts[p][1][a:b]) for p, a, b in slices])
+                batch = Batch.of([(parts[p][0], parts[p][1][a:b]) for p, a, b in slices], trial)
                 hidden = forward(self._weights, self._ops, batch)
                 for (p, a, b), segment in zip(slices, batch.segments, strict=True):
                     state, ids = parts[p]
+                    if state.trial is not None:
+                        state.trial.position = state.position if trial else -1
+                        if trial:  # the row before the pass too, should all of it be taken back
+                            state.trial.hidden = np.concatenate([state.hidden[None], hidden[segment.first:segment.last]])
                     state.tokens += ids[a:b].tolist()
                     state.hidden[:] = hidden[segment.last - 1]
                 yield slices, hidden

@@ -37,7 +37,8 @@ class Generation:
     """Iterate over it for `Piece`s; its attributes tell what has happened so far."""
 
     def __init__(self, engine: Engine, prompt: list[int], sampler: Sampler, *, max_tokens: int | None = None,
-                 stop: tuple[str, ...] = (), eos: tuple[int, ...] = (), checkpoints: Sequence[int] = ()) -> None:
+                 stop: tuple[str, ...] = (), eos: tuple[int, ...] = (), checkpoints: Sequence[int] = (),
+                 speculative: bool = False) -> None:
         room = engine.context - len(prompt)
         if room < 0:
             raise HybridLMError(f"context: the prompt has {len(prompt)} tokens, the context only {engine.context}; "
@@ -56,6 +57,7 @@ class Generation:
         self._most = room if max_tokens is None else min(max_tokens, room)
         self._eos = frozenset(eos)
         self._marks = checkpoints
+        self._speculative = speculative
         self._held = HeldText(stop)
         self._decoder = _decoder(engine, bool(stop))
         self._pieces = self._run()
@@ -118,6 +120,11 @@ class Generation:
 
     def _sample(self, session: Session) -> Iterator[int]:
         """Tokens one after the other; each is read when the next one is asked for."""
+        if self._speculative:
+            from hybridlm.engine.speculative import speculate
+
+            yield from speculate(session, self._sampler, self.prompt, self._eos, self._most)
+            return
         seen = list(self.prompt)
         while True:
             token = self._sampler.sample(session.logits(), seen)

@@ -63,6 +63,10 @@ class Session:
         """Float32 logits [vocab] of what follows the last token read, also right after `restore` or `load`."""
         return self.engine.next_logits([self])[0]
 
+    def take_back(self, count: int) -> None:
+        """Forget the last `count` tokens of the last step, which must have been a trial (see `Engine.step`)."""
+        self.engine.take_back(self, count)
+
     def snapshot(self) -> State:
         """A copy of the state to return to, or to continue in other sessions."""
         self._check()

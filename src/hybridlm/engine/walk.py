@@ -34,6 +34,7 @@ class Segment:
     first: int
     last: int
     position: int  # of the first row in its sequence
+    trial: Any = None  # keeps what it takes to go back, where the pass may be taken back
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,11 @@ class Batch:
     segments: tuple[Segment, ...]
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[Any, Sequence[int] | np.ndarray]]) -> Batch:
-        """From (state, new tokens) pairs; a state knows its `position`."""
+    def of(cls, parts: Sequence[tuple[Any, Sequence[int] | np.ndarray]], trial: bool = False) -> Batch:
+        """From (state, new tokens) pairs; a state knows its `position`, and its `trial`, which is used on demand."""
         segments, row = [], 0
         for state, tokens in parts:
-            segments.append(Segment(state, row, row + len(tokens), state.position))
+            segments.append(Segment(state, row, row + len(tokens), state.position, state.trial if trial else None))
             row += len(tokens)
         ids = np.concatenate([np.asarray(tokens, dtype=np.int32) for _, tokens in parts])
         positions = np.concatenate([np.arange(s.position, s.position + s.last - s.first, dtype=np.int32)
@@ -87,7 +88,12 @@ class Ops(Protocol):
     def gdn(self, layer: int, w: DeltaNetLayer, q: Array, k: Array, v: Array, a: Array, b: Array, gate: Array,
             batch: Batch) -> Array:
         """Gated DeltaNet between its projections, updating the layer's convolution and recurrent state:
-        convolution and SiLU, l2norm, gates, the delta rule, per-head RMSNorm times SiLU(gate). [T, Hv * V]."""
+        convolution and SiLU, l2norm, gates, the delta rule, per-head RMSNorm times SiLU(gate). [T, Hv * V].
+
+        A segment with a trial is computed token by token, after `trial.keep(slot, state, q, k, v, a, b)`."""
+
+    def replay(self, weights: Weights, state: Any, rows: dict[int, tuple[Array, ...]], count: int) -> None:
+        """Move the convolution and recurrent states of all layers over the first `count` of the rows a trial kept."""
 
     def attention(self, layer: int, q: Array, k: Array, v: Array, window: int | None, batch: Batch) -> Array:
         """Store k and v, then causal softmax attention over what is stored, scale head_dim^-0.5. [T, D]."""
