@@ -1,0 +1,206 @@
+"""`run(recipe, overrides)`: the whole road of `hybridlm train`, and of the same command again.
+
+    OUT/recipe.json       what was asked for, and with which versions
+    OUT/tokenizer/        trained on the data, or copied in
+    OUT/tokens/           token shards (tokens-val/ when validation text is given)
+    OUT/checkpoints/      the newest few
+    OUT/metrics.jsonl     one object a step
+    OUT/hf/               the trained model as transformers and `hybridlm convert` open it
+    OUT/result.json       steps, tokens, seconds, bits per byte on held-out text
+
+Each part is written once and taken up when the command runs again, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+import hybridlm
+from hybridlm.data import Source, TokenFolder, TokenStream, tokenize
+from hybridlm.data.atomic import flush_folder, write_file
+from hybridlm.data.shards import held_out
+from hybridlm.data.tokens import MANIFEST
+from hybridlm.errors import ConfigError, DataError
+from hybridlm.model import HybridLM
+from hybridlm.text import Tokenizer, train_bpe
+from hybridlm.train.recipe import Recipe
+from hybridlm.train.recipes import find
+from hybridlm.train.trainer import Trainer
+from hybridlm.train.validate import Bits
+
+__all__ = ["run"]
+
+_BPE_CHARACTERS = 1 << 28  # a tokenizer is trained on at most so much of the text
+
+
+def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
+    """Train recipe `name` with settings replaced, to its end; returns the folder of the run.
+
+    Raises a `HybridLMError` for what the user can mend. Ctrl-C and SIGTERM save a checkpoint first.
+    """
+    began = time.monotonic()
+    recipe = find(name).override(overrides or {}).ready()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    out = Path(recipe.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be made ({error.strerror})") from None
+    with _alone(out):
+        tokenizer, train, val, content = _tokens(recipe, out)
+        recipe = replace(recipe, model=_shape(recipe, tokenizer))
+        write_file(out / "recipe.json", json.dumps({**recipe.to_dict(), "recipe": recipe.name, "versions": {
+            "hybridlm": hybridlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }, indent=1).encode())
+        trainer = Trainer(recipe, _model(recipe), train, val, out, data=content, began=began)
+        _tell(recipe, trainer, train, val)
+        trainer.fit()
+        _export(trainer, tokenizer, out)
+    return out
+
+
+def _tokens(recipe: Recipe, out: Path) -> tuple[Tokenizer, TokenStream, TokenStream, str]:
+    """The tokenizer, both splits, and what identifies the text; made now or found from an earlier start."""
+    if (Path(recipe.data) / MANIFEST).is_file() and (Path(recipe.data) / "train-00000.bin").is_file():
+        raise ConfigError("data: a folder of token shards; give the text they were made from")
+    held = Source.open(recipe.val, text_field=recipe.text, label_field=recipe.label) if recipe.val else None
+    source = Source.open(recipe.data, text_field=recipe.text, label_field=recipe.label,
+                         without=held.files if held else ())
+    fraction = 0.0 if held else recipe.val_fraction
+    for why, number in sorted(source.skipped.items()):
+        if number:
+            _say(f"data: {number} {why} left out")
+    tokenizer = _tokenizer(recipe, source, fraction, out / "tokenizer")
+    folder = _tokenize(source, tokenizer, out / "tokens", fraction)
+    val = _tokenize(held, tokenizer, out / "tokens-val", 0.0).train if held else folder.val
+    return tokenizer, folder.train, val, folder.manifest["content"] + folder.manifest["tokenizer"]
+
+
+def _tokenize(source: Source, tokenizer: Tokenizer, out: Path, fraction: float) -> TokenFolder:
+    last, began = time.monotonic(), time.monotonic()
+
+    def show(documents: int, tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            _say(f"tokenising: {documents:,} documents, {tokens:,} tokens, {tokens / (last - began):,.0f} tok/s")
+
+    return tokenize(source, tokenizer, out, val_fraction=fraction, progress=show)
+
+
+def _tokenizer(recipe: Recipe, source: Source, fraction: float, folder: Path) -> Tokenizer:
+    """The run's own copy of its tokenizer."""
+    given = Tokenizer.from_file(recipe.tokenizer) if recipe.tokenizer else None
+    if (folder / "tokenizer.json").exists():
+        own = Tokenizer.from_file(folder)
+        if given and given.fingerprint != own.fingerprint:
+            raise ConfigError(f"tokenizer: differs from that of the run, {folder}; give another out=")
+        return own
+    if given is None:
+        _say(f"training a tokenizer of {recipe.vocab} entries")
+        given = train_bpe(_sample(source, fraction), recipe.vocab)
+    aside = folder.with_name(f".{folder.name}.tmp")
+    given.save(aside)
+    aside.rename(folder)
+    return given
+
+
+def _sample(source: Source, fraction: float) -> Iterator[str]:
+    """Text to train a tokenizer on: of a large source every n-th document, and none that is held out."""
+    every = max(1, source.nbytes // _BPE_CHARACTERS)
+    is_held_out = held_out(source, fraction)
+    texts = (d.text for _, _, d in source.documents())
+    return (text for text in islice(texts, 0, None, every) if not is_held_out(text))
+
+
+def _shape(recipe: Recipe, tokenizer: Tokenizer) -> hybridlm.HybridConfig:
+    """The recipe's model with the tokenizer's vocabulary, its table rounded up to 128 rows."""
+    rows = -(-tokenizer.vocab_size // 128) * 128
+    return recipe.model.with_(vocab_size=rows, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad)
+
+
+def _model(recipe: Recipe) -> HybridLM:
+    torch.manual_seed(recipe.seed)
+    if recipe.init:
+        model = HybridLM.from_pretrained(recipe.init, dtype=torch.float32)
+        if model.config.vocab_size < recipe.model.vocab_size:
+            raise ConfigError(f"init: {recipe.init} has a table of {model.config.vocab_size} tokens, the tokenizer "
+                              f"needs {recipe.model.vocab_size}; give tokenizer={recipe.init}")
+        return model
+    model = HybridLM(recipe.model)
+    model.init_weights(recipe.seed)
+    return model
+
+
+def _tell(recipe: Recipe, trainer: Trainer, train: TokenStream, val: TokenStream) -> None:
+    model = recipe.model
+    length = f"{recipe.seconds:g} s" if recipe.seconds else f"{recipe.steps:,} steps"
+    _say(f"{model.num_parameters():,} parameters ({model.num_parameters(embedding=False):,} outside the tables), "
+         f"{length} of {recipe.tokens_per_step:,} tokens on {trainer.device}; "
+         f"text: {len(train):,} tokens, {len(val):,} held out")
+    if len(train) <= recipe.sequence:
+        _say(f"data: only {len(train):,} tokens, fewer than a sequence of {recipe.sequence}; "
+             "the model will learn them by heart")
+    if not len(val):
+        _say("data: nothing held out, so no validation; give more documents, or val=PATH")
+
+
+def _export(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
+    """OUT/hf, whole or as it was, and OUT/result.json."""
+    aside, folder = out / ".hf.tmp", out / "hf"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        trainer.model.save_pretrained(aside, dtype=getattr(torch, trainer.recipe.export_dtype))
+        tokenizer.save(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        flush_folder(out)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); the checkpoints are untouched, "
+                        "make room and run the same command again") from None
+    bits: dict[str, Bits] = trainer.validate() if len(trainer.val) else {}
+    result = {"steps": trainer.step, "tokens": trainer.step * trainer.recipe.tokens_per_step,
+              "seconds": round(trainer.elapsed(), 1),
+              "val_bits_per_byte": {label: round(b.per_byte, 5) for label, b in bits.items()},
+              "val_bytes": {label: b.nbytes for label, b in bits.items()}}
+    write_file(out / "result.json", json.dumps(result, indent=1).encode())
+    told = ", ".join(f"{label} {b.per_byte:.4f}" for label, b in bits.items())
+    _say(f"{trainer.step:,} steps in {trainer.elapsed():.0f} s; bits per byte of held-out text: {told or 'none'}; "
+         f"model in {folder}")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second process out of the folder; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"out: another process is training in {out}; wait for it or give another out=") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
