@@ -22,6 +22,7 @@ Training fast on a GPU: float32 weights, bfloat16 activations, each kind of bloc
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.config import LINEAR, HybridConfig, Rope
+from hybridlm.model import checkpoint
 from hybridlm.model.block import AttentionBlock, DeltaNetBlock
 from hybridlm.model.cache import Cache
 from hybridlm.model.gated_deltanet import Convolution, GatedDeltaNet
@@ -64,19 +66,18 @@ class HybridLM(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self._ropes = {rope: f"_inv_freq_{i}" for i, rope in enumerate(
             dict.fromkeys(r for r in map(self._rope_of, range(config.num_hidden_layers)) if r is not None))}
-        for rope, name in self._ropes.items():
-            self.register_buffer(name, self._frequencies(rope), persistent=False)
+        self._place_frequencies()
         if init and not self.head_weight.is_meta:
             self.init_weights(0)
 
     def _rope_of(self, layer: int) -> Rope | None:
         return None if self.config.layer_types[layer] == LINEAR else self.config.rope_of(layer)
 
-    def _frequencies(self, rope: Rope) -> Tensor:
+    def _place_frequencies(self) -> None:
         """The float32 frequencies as int32 bits, so that casting the model to another dtype does not round them."""
-        device = self.head_weight.device
-        bits = torch.from_numpy(rope.inv_freq(self.config.head_dim)).view(torch.int32)
-        return bits if device.type == "meta" else bits.to(device)
+        for rope, name in self._ropes.items():
+            bits = torch.from_numpy(rope.inv_freq(self.config.head_dim)).view(torch.int32)
+            self.register_buffer(name, bits.to(self.head_weight.device), persistent=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -146,6 +147,22 @@ class HybridLM(nn.Module):
 
     # -- weights -------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
+                        device: torch.device | str | None = None) -> HybridLM:
+        """Load a Hugging Face folder (olmo_hybrid of either naming, or olmo3). Without `dtype`, as stored."""
+        config = HybridConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls(config, init=False)
+        model.load_state_dict(dict(checkpoint.load(folder, config, dtype, device)), assign=True)
+        model._place_frequencies()
+        return model
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, *,
+                        max_shard_bytes: int = 5 << 30) -> None:
+        """Write config.json and safetensors that transformers and vLLM read, in `dtype` or as the weights are."""
+        checkpoint.save(self, folder, dtype, max_shard_bytes)
+
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
         """Random weights, the same for a seed on every device.
@@ -177,5 +194,4 @@ class HybridLM(nn.Module):
                 module.o_norm.weight.fill_(1)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1)
-        for rope, name in self._ropes.items():
-            self.register_buffer(name, self._frequencies(rope), persistent=False)
+        self._place_frequencies()

@@ -67,8 +67,6 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     if qk_l2norm:
         q, k = l2_norm(q), l2_norm(k)
     q = q * key_dim**-0.5
-    if out_dtype != narrow:  # one rounding of the keys, before all their uses
-        q, k = q.to(out_dtype).to(solve), k.to(out_dtype).to(solve)
     v, beta = chunked(v).to(solve), chunked(beta).to(solve)
     # exp of the floor is 0, so nothing changes but that -inf, a reset, cannot make inf - inf.
     floor = -750.0 if solve == torch.float64 else -110.0
