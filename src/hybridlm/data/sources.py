@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,12 +49,15 @@ class Source:
     files: tuple[Path, ...]
     text_field: str = "text"
     label_field: str = "domain"
+    whole: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def open(cls, path: str | Path, *, text_field: str = "text", label_field: str = "domain",
-             without: tuple[Path, ...] = ()) -> Source:
+             without: tuple[Path, ...] = (), whole: bool = False) -> Source:
         """Find the files of a file, a folder (searched to its depths) or a glob pattern, less those in `without`.
+
+        With `whole` a plain text file is one document however large it is.
 
         Raises `DataError` when there is nothing to read.
         """
@@ -78,7 +82,7 @@ class Source:
         if not files:
             told = "".join(f"; {n} {why}" for why, n in sorted(skipped.items()))
             raise DataError(f"{path}: no text files found{told}")
-        return cls(str(path), tuple(files), text_field, label_field, skipped)
+        return cls(str(path), tuple(files), text_field, label_field, whole, skipped)
 
     @property
     def nbytes(self) -> int:
@@ -222,24 +226,26 @@ def _text_of(value: Any, file: Path, name: str) -> str:
 
 def _text(source: Source, file: Path) -> Iterator[Document]:
     """The file as one document, or in pieces; line ends as they are, bytes that are no UTF-8 as U+FFFD."""
-    size = file.stat().st_size
-    lone = len(source.files) == 1
-    piece = min(_PIECE, max(_LEAST_PIECE, size // _PIECES)) if lone else _PIECE if size > _LARGE else None
+    piece = _piece(source, file)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     held = ""
     with _open(file) as stream:
         for block in iter(lambda: stream.read(_BLOCK), b""):
             held += decoder.decode(block)
-            while piece and len(held) >= 2 * piece:
+            while len(held) >= 2 * piece:
                 cut = _paragraph_end(held, piece)
                 yield Document(held[:cut])
                 held = held[cut:]
     held += decoder.decode(b"", final=True)
-    while piece and len(held) >= 2 * piece:
-        cut = _paragraph_end(held, piece)
-        yield Document(held[:cut])
-        held = held[cut:]
     yield Document(held)
+
+
+def _piece(source: Source, file: Path) -> int:
+    """Characters that a document of this file has at least, where there is enough for two."""
+    size = file.stat().st_size
+    if source.whole or (len(source.files) > 1 and size <= _LARGE):
+        return sys.maxsize
+    return _PIECE if len(source.files) > 1 else min(_PIECE, max(_LEAST_PIECE, size // _PIECES))
 
 
 def _paragraph_end(text: str, wanted: int) -> int:
