@@ -11,6 +11,8 @@ from hybridlm.formats.blocks import SIZES, GGMLType, row_bytes
 
 __all__ = ["can_encode", "encodable", "encode"]
 
+# What gguf-py can write too, slowly, of the types that the engine can read.
+_BY_GGUF = {GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q8_0}
 _PLAIN = {GGMLType.F32: "<f4", GGMLType.F16: "<f2", GGMLType.F64: "<f8"}
 
 
@@ -37,7 +39,7 @@ def encode(type: int, x: np.ndarray, importance: np.ndarray | None = None) -> np
         out = np.empty((len(x), row_bytes(kind, x.shape[1])), dtype=np.uint8)
         native.quantize(int(kind), np.ascontiguousarray(x, dtype=np.float32), out, importance)
         return out
-    if _by_gguf(kind):
+    if kind in _BY_GGUF:
         import gguf
 
         return gguf.quants.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType(int(kind)))
@@ -48,7 +50,7 @@ def encode(type: int, x: np.ndarray, importance: np.ndarray | None = None) -> np
 def can_encode(type: int) -> bool:
     """Whether `encode` has an encoder for a type here."""
     kind = GGMLType(type)
-    return kind in _PLAIN or kind == GGMLType.BF16 or _native(kind) or _by_gguf(kind)
+    return kind in _PLAIN or kind == GGMLType.BF16 or _native(kind) or kind in _BY_GGUF
 
 
 @cache
@@ -75,18 +77,5 @@ def _native(kind: GGMLType) -> bool:
         block, size = SIZES[kind]
         native.quantize(int(kind), np.zeros((1, block), np.float32), np.empty((1, size), np.uint8))
     except (ImportError, AttributeError, ValueError):  # no native module, or a type that it does not write
-        return False
-    return True
-
-
-@cache
-def _by_gguf(kind: GGMLType) -> bool:
-    if SIZES[kind][0] == 1:
-        return False
-    import gguf
-
-    try:
-        gguf.quants.quantize(np.zeros((1, SIZES[kind][0]), np.float32), gguf.GGMLQuantizationType(int(kind)))
-    except NotImplementedError:
         return False
     return True
