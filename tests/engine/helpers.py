@@ -85,8 +85,11 @@ def write_gguf(path: Path, config: HybridConfig, tensors: dict[str, np.ndarray],
     for name, value in tensors.items():
         if name != leave_out:
             writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
+
+
+def finish_gguf(writer: Any) -> None:
+    """Write out what a gguf-py writer has been given."""
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()

@@ -25,8 +25,9 @@ Array = np.ndarray
 class CPU:
     """`walk.Ops` over `hybridlm.native`. One pass at a time: the buffers are shared."""
 
-    def __init__(self, config: HybridConfig, layout: Layout) -> None:
-        self.config, self.layout = config, layout
+    def __init__(self, config: HybridConfig, layout: Layout, exact: bool = False) -> None:
+        """`exact`: quantised weights meet float32 activations, slowly; what the 8-bit path is measured against."""
+        self.config, self.layout, self.exact = config, layout, exact
         self._kv_type = KV_TYPES[layout.kv_type].id
         self._buffers: dict[tuple[str, int, int], Array] = {}
         self._inv_freq: dict[Rope, Array] = {}
@@ -53,7 +54,7 @@ class CPU:
     def linear(self, x: Array, *weights: native.Matrix) -> tuple[Array, ...]:
         role = f"linear{len(weights)}"
         outs = [self._buffer(role, i, len(x), w.rows) for i, w in enumerate(weights)]
-        native.linear(x, list(weights), outs)
+        native.linear(x, list(weights), outs, self.exact)
         return tuple(outs)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
@@ -108,7 +109,7 @@ class CPU:
 
     def head(self, x: Array, weight: native.Matrix) -> Array:
         out = np.empty((len(x), weight.rows), np.float32)
-        native.linear(x, [weight], [out])
+        native.linear(x, [weight], [out], self.exact)
         return out
 
     def _buffer(self, role: str, index: int, rows: int, width: int) -> Array:

@@ -65,7 +65,7 @@ class Engine:
     @classmethod
     def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str = "f16",
              context: int | None = None, *, cache_bytes: int = CACHE_BYTES,
-             checkpoint_every: int = CHECKPOINT_EVERY) -> Engine:
+             checkpoint_every: int = CHECKPOINT_EVERY, exact: bool = False) -> Engine:
         """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
 
         Args:
@@ -73,6 +73,7 @@ class Engine:
             threads: that work on a pass; None leaves the native core's choice, all cores. One setting per process.
             kv_type: how attention keeps keys and values: "f32", "f16" or "q8_0" (half of f16).
             context, cache_bytes, checkpoint_every: as for `Engine`.
+            exact: keep activations in float32 where quantised weights meet 8-bit ones otherwise; slow, for measuring.
 
         Raises `FormatError` for a file that is no such model, `HybridLMError` for options that cannot be.
         """
@@ -92,7 +93,7 @@ class Engine:
             layout = Layout.of(file.config, file.fingerprint, kv_type)
             weights = bind(file.config, file_loader(file, str(path)))
             _set_threads(threads)
-            return cls(weights, CPU(file.config, layout), layout, name=path.stem, context=context, file=file,
+            return cls(weights, CPU(file.config, layout, exact), layout, name=path.stem, context=context, file=file,
                        model_bytes=path.stat().st_size, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every)
         except BaseException:
             file.close()
@@ -104,9 +105,9 @@ class Engine:
                checkpoint_every: int = CHECKPOINT_EVERY) -> Engine:
         """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer."""
         from hybridlm.engine.cpu import CPU
-        from hybridlm.engine.random_weights import random_loader
+        from hybridlm.engine.random_weights import RandomLoader
 
-        loader = random_loader(type, seed)
+        loader = RandomLoader(config, type, seed)
         weights = bind(config, loader)
         layout = Layout.of(config, f"random {type} {seed} {config}", kv_type)
         _set_threads(threads)
@@ -274,7 +275,7 @@ class Engine:
 
         Float32 logits of what follows: [len(batch), vocab] after each session's last token, in order; with `every`
         [all tokens, vocab], row after row. With `trial` the sessions can `take_back` the last of these tokens, until
-        their next step; the tokens in all must then fit in one pass, `SLAB`.
+        their next step or snapshot; the tokens in all must then fit in one pass, `SLAB`.
 
         The sessions must differ. When a pass is interrupted, all sessions in the batch become unusable.
         """
@@ -404,7 +405,8 @@ class Engine:
                     if state.trial is not None:
                         state.trial.position = state.position if trial else -1
                         if trial:  # the row before the pass too, should all of it be taken back
-                            state.trial.hidden = np.concatenate([state.hidden[None], hidden[segment.first:segment.last]])
+                            rows = hidden[segment.first:segment.last]
+                            state.trial.hidden = np.concatenate([state.hidden[None], rows])
                     state.tokens += ids[a:b].tolist()
                     state.hidden[:] = hidden[segment.last - 1]
                 yield slices, hidden

@@ -230,12 +230,14 @@ class State:
             group.reserve(self.position, self.position + tokens)
 
     def clone(self) -> State:
-        """An independent copy, sharing the full pages."""
+        """An independent copy, sharing the full pages. So what this state has read cannot be taken back any more."""
         copy = State.__new__(State)
         copy.layout, copy.tokens, copy.valid = self.layout, self.tokens.copy(), self.valid
         copy.conv, copy.recurrent, copy.hidden = (_copy(a) for a in (self.conv, self.recurrent, self.hidden))
         copy.groups = tuple(group.clone(self.position) for group in self.groups)
         copy.trial = None
+        if self.trial is not None:
+            self.trial.position = -1
         return copy
 
     def reset(self) -> None:
