@@ -20,7 +20,7 @@ def random_config(rng: np.random.Generator, **fixed: Any) -> HybridConfig:
     d = heads * int(rng.choice([8, 16, 32]))
     kinds = [LINEAR, FULL, SLIDING]
     layers = tuple(kinds[i] for i in rng.choice(3, size=rng.integers(1, 5), p=[0.5, 0.3, 0.2]))
-    ropes = [None, Rope(10_000.0), Rope(500_000.0, Yarn(float(rng.uniform(1, 16)), 64, truncate=bool(rng.integers(2))))]
+    ropes = [None, Rope(10_000.0), Rope(500_000.0, Yarn(float(rng.uniform(1, 16)), 64))]
     key_heads = int(rng.choice([1, 2, 3]))
     options: dict[str, Any] = {
         "vocab_size": int(rng.integers(40, 300)), "hidden_size": d, "intermediate_size": int(rng.integers(16, 120)),
@@ -29,8 +29,10 @@ def random_config(rng: np.random.Generator, **fixed: Any) -> HybridConfig:
         "linear_num_key_heads": key_heads, "linear_num_value_heads": key_heads * int(rng.choice([1, 2, 3])),
         "linear_key_head_dim": int(rng.choice([4, 12, 16, 24])), "linear_value_head_dim": int(rng.choice([8, 24, 32])),
         "linear_conv_kernel_dim": int(rng.choice([2, 4])), "linear_allow_neg_eigval": bool(rng.integers(2)),
-        "rope": ropes[rng.integers(3)], "sliding_rope": ropes[rng.integers(3)],
-        "sliding_window": int(rng.choice([1, 5, 64, 100])), "tie_word_embeddings": bool(rng.integers(2)),
+        "rope": ropes[rng.integers(3)] if FULL in layers else None,
+        "sliding_rope": ropes[rng.integers(3)] if SLIDING in layers else None,
+        "sliding_window": int(rng.choice([1, 5, 64, 100])) if SLIDING in layers else None,
+        "tie_word_embeddings": bool(rng.integers(2)),
         "max_position_embeddings": 2048,
     }
     return HybridConfig(**{**options, **fixed})
