@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,11 +57,9 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: dict[st
             shutil.rmtree(final)
         aside.rename(final)
         flush_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        if not isinstance(error, OSError) and shutil.disk_usage(folder).free > 64 << 20:
-            raise
-        reason = error.strerror if isinstance(error, OSError) else "No space left on device"
+        reason = error.strerror if isinstance(error, OSError) else str(error).split("\n")[0]
         raise DataError(f"{final}: the checkpoint cannot be written ({reason}); the ones before it are untouched, "
                         "make room and run the same command again") from None
     for old in _all(folder)[keep:]:
