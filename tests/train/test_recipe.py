@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from tests.train.helpers import micro
 
@@ -74,12 +76,12 @@ def test_unknown_recipes_and_broken_files(tmp_path):
 
 
 def test_what_to_read_and_where_to_write_must_be_said(tmp_path):
-    with pytest.raises(ConfigError, match="^data: missing"):
+    with pytest.raises(ConfigError, match=r"^data: missing"):
         find("tiny").ready()
-    with pytest.raises(ConfigError, match="^out: missing"):
+    with pytest.raises(ConfigError, match=r"^out: missing"):
         find("tiny").override({"data": "x"}).ready()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="^out: .*is a file"):
+    with pytest.raises(ConfigError, match=r"^out: .*is a file"):
         find("tiny").override({"data": "x", "out": str(tmp_path / "file")}).ready()
 
 
@@ -89,7 +91,7 @@ def test_schedules_warm_up_and_end_where_they_say(schedule):
     rates = [learning_rate(recipe, s, s / 100) for s in range(101)]
     assert rates[0] == pytest.approx(0.1, rel=0.02)
     assert rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     if schedule == "wsd":
         assert rates[10:75] == [1.0] * 65
         assert rates[88] == pytest.approx(0.1 + 0.9 * 12 / 25)

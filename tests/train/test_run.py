@@ -196,7 +196,7 @@ def test_missing_and_tiny_data(undisturbed, tmp_path, capsys):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(undisturbed, tmp_path):
     recipe, data = undisturbed[:2]
-    with pytest.raises(HybridLMError, match="step .*: the loss is .*lower lr"):
+    with pytest.raises(HybridLMError, match=r"step .*: the loss is .*lower lr"):
         run(recipe, {"data": str(data), "out": str(tmp_path / "out"), "lr": "1e30", "clip": "0"})
 
 

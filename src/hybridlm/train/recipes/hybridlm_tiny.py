@@ -21,7 +21,7 @@ def hybridlm_tiny() -> Recipe:
         model=model,
         vocab=16_384,
         seconds=480, batch=64, sequence=2048,
-        lr=4e-3, warmup=100, decay=0.25,
+        lr=3e-3, warmup=100, decay=0.25,
         dtype="bfloat16", compile=True,
         save_every=0, val_every=250, val_tokens=262_144,
     )
