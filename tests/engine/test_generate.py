@@ -259,6 +259,39 @@ def test_chat_keeps_the_end_of_the_turn_whatever_opens_the_answer():
     assert second.tokens == cold({"template": thinking}, second.prompt, max_tokens=2, temperature=0, ignore_eos=True)
 
 
+@pytest.mark.parametrize("ending", ["length", "eos", "stop"])
+def test_the_next_turn_of_a_chat_continues_the_very_tokens_that_were_said(ending):
+    """A random model writes tokens that its text would not be encoded to; the next turn must know them anyway."""
+    engine = text_engine(template=CHATML, checkpoint_every=10_000)
+    messages = [{"role": "user", "content": "the cat sat on the mat"}]
+    options = {"max_tokens": 40, "seed": 3, "ignore_eos": True}
+    free = engine.chat(messages, **options)
+    list(free)
+    if ending == "eos":
+        engine.__dict__["eos"] = (free.tokens[30],)
+        options["ignore_eos"] = False
+    if ending == "stop":
+        options["stop"] = TOKENIZER.decode(free.tokens[25:32])
+    engine.cache.clear()
+    first = engine.chat(messages, **options)
+    list(first)
+    assert first.finish_reason == ending and TOKENIZER.encode(first.text) != first.tokens
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "and that?"}]
+    second = engine.chat(messages, max_tokens=2)
+    list(second)
+    said = len(first.prompt) + len(first.tokens)
+    assert TOKENIZER.decode(second.prompt) == engine.chat_template.render(messages)
+    if ending == "stop":
+        # The state has read into the stop string, which the next turn does not repeat: only the turn before is kept.
+        assert second.reused_tokens == len(TOKENIZER.encode(engine.chat_template.render(messages[:1], False)))
+    else:
+        assert second.prompt[:said] == first.prompt + first.tokens and second.reused_tokens >= said - 1
+    messages[1]["content"] = first.text + "!"  # edited: encoded anew
+    third = engine.chat(messages, max_tokens=2)
+    list(third)
+    assert third.prompt == TOKENIZER.encode(engine.chat_template.render(messages))
+
+
 def test_a_zero_budget_keeps_nothing_and_threads_share_one_cache():
     engine = text_engine(cache_bytes=0)
     list(engine.generate(list(range(60)), max_tokens=20, ignore_eos=True))

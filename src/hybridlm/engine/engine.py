@@ -10,6 +10,7 @@ of `SLAB` rows, so memory beside the weights and the state does not grow with th
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hybridlm.config import HybridConfig
+from hybridlm.engine.chat import Said, chat_prompt
 from hybridlm.engine.generate import Generation
 from hybridlm.engine.prefix_cache import PrefixCache
 from hybridlm.engine.sampler import Sampler
@@ -28,12 +30,11 @@ from hybridlm.engine.walk import Batch, Ops, forward, logits
 from hybridlm.engine.weights import Weights, bind, read_each_step
 from hybridlm.errors import FormatError, HybridLMError
 
-__all__ = ["CACHE_BYTES", "CHECKPOINT_EVERY", "Engine"]
+__all__ = ["CHECKPOINT_EVERY", "Engine"]
 
 SLAB = 256  # rows of one pass: enough for the matmuls, small enough for memory and for an interruption
 HEAD_ROWS = 32  # rows of logits made at a time where many are needed and none is kept
 SCORE_BYTES = 256 << 20  # of the states of texts scored side by side
-CACHE_BYTES = 1 << 30
 CHECKPOINT_EVERY = 512
 
 
@@ -41,14 +42,14 @@ class Engine:
     """Open one with `Engine.open` or `Engine.random`."""
 
     def __init__(self, weights: Weights, ops: Ops, layout: Layout, *, name: str = "model", context: int | None = None,
-                 device: str = "cpu", model_bytes: int = 0, file: Any = None, cache_bytes: int = CACHE_BYTES,
+                 device: str = "cpu", model_bytes: int = 0, file: Any = None, cache_bytes: int | None = None,
                  checkpoint_every: int = CHECKPOINT_EVERY) -> None:
         """For engines of other devices and for tests: weights as the device's loader made them, and its operations.
 
         Args:
             context: the most tokens a sequence may have; None is what the model was made for.
             file: an open `GGUFFile` that has the tokenizer and the chat template.
-            cache_bytes: budget of the prefix cache; 0 turns it off.
+            cache_bytes: budget of the prefix cache; None is a tenth of the machine's memory, 0 turns it off.
             checkpoint_every: tokens between the checkpoints that `generate` keeps while it reads a prompt.
         """
         self.config: HybridConfig = weights.config
@@ -58,13 +59,14 @@ class Engine:
         self.context = self.config.max_position_embeddings if context is None else _positive("context", context)
         self.model_bytes = model_bytes
         self.checkpoint_every = _positive("checkpoint_every", checkpoint_every)
-        self.cache = PrefixCache(cache_bytes)
+        self.cache = PrefixCache(_memory() // 10 if cache_bytes is None else cache_bytes)
+        self.said = Said()
         self._weights, self._ops, self._file = weights, ops, file
         self._lock = threading.RLock()
 
     @classmethod
     def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str = "f16",
-             context: int | None = None, *, cache_bytes: int = CACHE_BYTES,
+             context: int | None = None, *, cache_bytes: int | None = None,
              checkpoint_every: int = CHECKPOINT_EVERY, exact: bool = False) -> Engine:
         """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
 
@@ -101,7 +103,7 @@ class Engine:
 
     @classmethod
     def random(cls, config: HybridConfig, type: str = "q4_0", seed: int = 0, *, threads: int | None = None,
-               kv_type: str = "f16", context: int | None = None, cache_bytes: int = CACHE_BYTES,
+               kv_type: str = "f16", context: int | None = None, cache_bytes: int | None = None,
                checkpoint_every: int = CHECKPOINT_EVERY) -> Engine:
         """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer."""
         from hybridlm.engine.cpu import CPU
@@ -188,16 +190,14 @@ class Engine:
              template: Mapping[str, Any] | None = None, **options: Any) -> Generation:
         """Answer a conversation: `generate` on the rendered messages, `options` going there.
 
-        The end of the last message is kept as a checkpoint too: what the template adds to open the answer (a thinking
-        mark, say) may be gone when the next turn renders the conversation again. `template`: names for the template.
+        `template`: names for the template. Raises `HybridLMError` where the model has none.
         """
         if self.chat_template is None:
             raise HybridLMError(f"{self.name}: has no chat template; continue text with generate instead")
-        names = dict(template or {})
-        tokens = self.encode(self.chat_template.render(messages, tools=tools, **names))
-        end = self.encode(self.chat_template.render(messages, add_generation_prompt=False, tools=tools, **names))
-        return self.generate(tokens, checkpoints=(*options.pop("checkpoints", ()), common_prefix(tokens, end)),
-                             **options)
+        text, tokens, end = chat_prompt(self, messages, tools, template or {})
+        generation = self.generate(tokens, checkpoints=(*options.pop("checkpoints", ()), end), **options)
+        generation.prompt_text = text
+        return generation
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
@@ -224,12 +224,13 @@ class Engine:
                 state.reset()
             states += [self._ops.state() for _ in range(len(group) - len(states))]
             parts = [(state, ids[i][:-1]) for state, i in zip(states, group, strict=False)]
-            for slices, hidden in self._read(parts):
-                targets = np.concatenate([ids[group[p]][a + 1:b + 1] for p, a, b in slices])
-                found, row = self._logprobs(hidden, targets), 0
-                for p, a, b in slices:
-                    result[group[p]][a:b] = found[row:row + b - a]
-                    row += b - a
+            with self._lock:
+                for slices, hidden in self._read(parts):
+                    targets = np.concatenate([ids[group[p]][a + 1:b + 1] for p, a, b in slices])
+                    found, row = self._logprobs(hidden, targets), 0
+                    for p, a, b in slices:
+                        result[group[p]][a:b] = found[row:row + b - a]
+                        row += b - a
         return result
 
     def decode_bytes_per_token(self, context: int = 0) -> int:
@@ -288,13 +289,14 @@ class Engine:
                 return self.next_logits([session for session, _ in batch])
         first = np.cumsum([0] + [len(ids) for _, ids in parts])
         out = np.empty((int(first[-1]), self.config.vocab_size), np.float32)
-        for slices, hidden in self._read(parts, trial):
-            row = 0
-            for p, a, b in slices:
-                for i in range(0, b - a, HEAD_ROWS):
-                    j = min(i + HEAD_ROWS, b - a)
-                    out[first[p] + a + i:first[p] + a + j] = logits(self._weights, self._ops, hidden[row + i:row + j])
-                row += b - a
+        with self._lock:
+            for slices, hidden in self._read(parts, trial):
+                row = 0
+                for p, a, b in slices:
+                    for i in range(0, b - a, HEAD_ROWS):
+                        j, to = min(i + HEAD_ROWS, b - a), first[p] + a
+                        out[to + i:to + j] = logits(self._weights, self._ops, hidden[row + i:row + j])
+                    row += b - a
         return out
 
     def feed(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> None:
@@ -380,12 +382,13 @@ class Engine:
             trial.position = -1
 
     def _finish(self, parts: Sequence[tuple[Any, np.ndarray]], trial: bool = False) -> None:
-        for _ in self._read(parts, trial):
-            pass
+        with self._lock:
+            for _ in self._read(parts, trial):
+                pass
 
     def _read(self, parts: Sequence[tuple[Any, np.ndarray]], trial: bool = False
               ) -> Iterator[tuple[list[tuple[int, int, int]], Any]]:
-        """Read tokens into states, at most SLAB rows a pass.
+        """Read tokens into states, at most SLAB rows a pass. The caller holds the lock.
 
         Yields after each pass what its rows were, as (part, first token, last token exclusive) in order, and the final
         hidden rows, which the next pass overwrites. The states are valid again when all is read.
@@ -394,24 +397,23 @@ class Engine:
             if state.position + len(ids) > self.context:
                 raise HybridLMError(f"context: {state.position + len(ids)} tokens do not fit in {self.context}; open "
                                     "the model with a larger context or shorten the text")
-        with self._lock:
-            for state, _ in parts:
-                state.valid = False
-            for slices in _slices([len(ids) for _, ids in parts], SLAB):
-                batch = Batch.of([(parts[p][0], parts[p][1][a:b]) for p, a, b in slices], trial)
-                hidden = forward(self._weights, self._ops, batch)
-                for (p, a, b), segment in zip(slices, batch.segments, strict=True):
-                    state, ids = parts[p]
-                    if state.trial is not None:
-                        state.trial.position = state.position if trial else -1
-                        if trial:  # the row before the pass too, should all of it be taken back
-                            rows = hidden[segment.first:segment.last]
-                            state.trial.hidden = np.concatenate([state.hidden[None], rows])
-                    state.tokens += ids[a:b].tolist()
-                    state.hidden[:] = hidden[segment.last - 1]
-                yield slices, hidden
-            for state, _ in parts:
-                state.valid = True
+        for state, _ in parts:
+            state.valid = False
+        for slices in _slices([len(ids) for _, ids in parts], SLAB):
+            batch = Batch.of([(parts[p][0], parts[p][1][a:b]) for p, a, b in slices], trial)
+            hidden = forward(self._weights, self._ops, batch)
+            for (p, a, b), segment in zip(slices, batch.segments, strict=True):
+                state, ids = parts[p]
+                if state.trial is not None:
+                    state.trial.position = state.position if trial else -1
+                    if trial:  # the row before the pass too, should all of it be taken back
+                        rows = hidden[segment.first:segment.last]
+                        state.trial.hidden = np.concatenate([state.hidden[None], rows])
+                state.tokens += ids[a:b].tolist()
+                state.hidden[:] = hidden[segment.last - 1]
+            yield slices, hidden
+        for state, _ in parts:
+            state.valid = True
 
     def _logprobs(self, hidden: Any, targets: np.ndarray) -> np.ndarray:
         """Log-probability of a target after each row."""
@@ -423,12 +425,6 @@ class Engine:
             np.exp(x, out=x)
             out[i:i + HEAD_ROWS] = chosen - np.log(x.sum(axis=-1, dtype=np.float64))
         return out
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts share at their beginning."""
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
 
 
 def _slices(lengths: Sequence[int], rows: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -465,6 +461,14 @@ def _set_threads(threads: int | None) -> None:
         from hybridlm import native
 
         native.set_threads(_positive("threads", threads))
+
+
+def _memory() -> int:
+    """Bytes of memory that the machine has; 8 GB where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 8 << 30
 
 
 def _positive(name: str, value: int) -> int:

@@ -50,6 +50,7 @@ class Generation:
         self.tokens: list[int] = []  # generated, the token that ended the text (eos) left out
         self.text = ""  # of all pieces so far
         self.finish_reason: str | None = None
+        self.prompt_text: str | None = None  # of a conversation, whose next turn will begin with it
         self.prefill_seconds = 0.0  # spent on the rest of the prompt
         self.decode_seconds = 0.0  # spent since
         self._engine, self._sampler = engine, sampler
@@ -92,6 +93,7 @@ class Generation:
             yield from self._pieces_of(session)
         finally:
             self._keep(session, LEAST_GAP, final=True)
+            self._remember()
 
     def _pieces_of(self, session: Session) -> Iterator[Piece]:
         began = time.perf_counter()
@@ -158,9 +160,19 @@ class Generation:
         """Put the session's state into the prefix cache, if it saves `least` tokens or more: its own if nothing will
         follow, else a copy."""
         cache, state = self._engine.cache, session.state
-        if (state.valid and state.own_nbytes <= cache.budget
-                and state.position - cache.covered(state.tokens) >= least):
+        if state.valid and cache.budget and state.position - cache.covered(state.tokens) >= least:
             cache.put(state if final else state.clone())
+
+
+    def _remember(self) -> None:
+        """Which tokens the conversation so far consists of, as its next turn will spell it."""
+        if self.prompt_text is None or not self.finish_reason:
+            return
+        tokens, decode = self.tokens, self._engine.tokenizer.decode
+        for n in range(len(tokens), max(0, len(tokens) - 16), -1):  # the last ones may belong to a stop string
+            if decode(tokens[:n]) == self.text:
+                self._engine.said.remember(self.prompt_text + self.text, self.prompt + tokens[:n])
+                return
 
 
 class HeldText:

@@ -142,11 +142,15 @@ class PrefixCache:
                         if node.entry is not None and matched == len(node.edge)), default=0)
 
     def put(self, checkpoint: Any) -> bool:
-        """Keep a checkpoint, which from now on must not change. False where the budget has no room for it, or where
-        one with the same tokens is there already (that one counts as used)."""
+        """Keep a checkpoint, which from now on must not change. False where one with the same tokens is there already
+        (that one counts as used).
+
+        The newest one stays even if it alone exceeds the budget: until now a sequence held its memory anyway, and the
+        next turn of a very long conversation needs it.
+        """
         tokens = np.array(checkpoint.tokens, dtype=np.int32)
         with self._lock:
-            if not len(tokens) or checkpoint.own_nbytes + sum(b.nbytes for b in checkpoint.blocks()) > self.budget:
+            if not len(tokens) or not self.budget:
                 return False
             node = self._place(tokens)
             if node.entry is not None:
@@ -249,7 +253,7 @@ class PrefixCache:
         return node.clock + min(node.uses, _MOST_USES) * cost / max(1, node.entry.own_nbytes)
 
     def _shrink(self, keep: _Node) -> None:
-        while self._nbytes > self.budget:
+        while self._nbytes > self.budget and len(self._nodes) > 1:
             worth, _, node = min(((self._worth(n), n.used, n) for n in self._nodes if n is not keep),
                                  key=lambda item: item[:2])
             self._clock = max(self._clock, worth)
@@ -329,11 +333,13 @@ class PrefixCache:
                 raise ValueError
             return data
 
-        loaded, room, made = [], self.budget - self._nbytes, dict[int, Any]()
+        loaded: list[Any] = []
+        made: dict[int, Any] = {}
+        room = self.budget - self._nbytes
         for entry in reversed(index["entries"]):
             missing = [n for n in dict.fromkeys(entry["blocks"]) if n not in made]
             room -= sum(index["parts"][n][1] for n in [*missing, entry["own"]])
-            if room < 0:
+            if room < 0 and loaded:
                 break
             with contextlib.suppress(ValueError):
                 made.update({n: block(read(n)) for n in missing})
