@@ -1,6 +1,7 @@
 """The chunked gated delta rule against the token-by-token one in float64, where it is hardest."""
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ LENGTHS = [1, 70, 3, 64, 130, 1]
 def packed(seed):
     x, _ = inputs(seed, sum(LENGTHS), batch=1)
     bounds = np.cumsum([0, *LENGTHS])
-    return x, torch.tensor(bounds), [[t[:, a:b] for t in x] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return x, torch.tensor(bounds), [[t[:, a:b] for t in x] for a, b in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("rule", [gated_delta_rule, chunk_gated_delta_rule])
@@ -195,5 +196,7 @@ def test_triangular_inverse(size):
 
 def test_scan_operator_is_well_formed():
     r = torch.Generator().manual_seed(0)
-    args = [torch.randn(*s, generator=r).requires_grad_() for s in ((3, 2, 4, 4), (3, 2, 4, 5), (3, 2, 1, 1), (2, 4, 5))]
-    torch.library.opcheck(chunk_scan, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    shapes = (3, 2, 4, 4), (3, 2, 4, 5), (3, 2, 1, 1), (2, 4, 5)
+    args = [torch.randn(*shape, generator=r).requires_grad_() for shape in shapes]
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(chunk_scan, args, test_utils=checks)
