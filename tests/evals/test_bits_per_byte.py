@@ -22,6 +22,8 @@ from hybridlm.evals.torch_scorer import TorchScorer
 from hybridlm.model import HybridLM
 from hybridlm.train.validate import validate
 
+torch.set_num_threads(1)
+
 
 class Halving:
     """A scorer whose n-th token of a window has probability 2^-(n + token mod 3), and which notes what it read."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "ChunkedCrossEntropy", "token_losses"]
+__all__ = ["ChunkedCrossEntropy", "token_losses"]
 
-CHUNK = 8192  # tokens
+LOGITS = 1 << 27  # that exist at a time
 
 # (hidden [n, D], weight [V, D], targets [n], z-loss weight) -> (sum of losses, d hidden, d weight)
 ChunkFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
@@ -45,8 +45,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
             d_hidden = torch.empty_like(hidden)
             d_weight = torch.zeros_like(weight)
-            for start in range(0, hidden.shape[0], CHUNK):
-                part = slice(start, start + CHUNK)
+            rows = chunk_of(weight)
+            for start in range(0, hidden.shape[0], rows):
+                part = slice(start, start + rows)
                 value, d_hidden[part], d_part = function(hidden[part], low, targets[part], z)
                 loss += value
                 d_weight += d_part
@@ -59,14 +60,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden * slope.to(d_hidden.dtype), d_weight * slope.to(d_weight.dtype), None, None, None
 
 
+def chunk_of(weight: Tensor) -> int:
+    """Tokens of a chunk, a power of two."""
+    return 1 << max(0, (LOGITS // weight.shape[0]).bit_length() - 1)
+
+
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) in nats of each token, float32 [N]; for measuring, not for training."""
     with torch.autocast(hidden.device.type, enabled=False):
         low = weight.to(hidden.dtype)
-        losses = []
-        for start in range(0, hidden.shape[0], CHUNK):
-            part = slice(start, start + CHUNK)
+        losses, rows = [], chunk_of(weight)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
             logits = (hidden[part] @ low.T).float()
             losses.append(torch.nn.functional.cross_entropy(logits, targets[part], reduction="none"))
         return torch.cat(losses)
