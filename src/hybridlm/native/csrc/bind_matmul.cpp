@@ -164,19 +164,27 @@ void multiply_quantised(const Kernels& k, const float* x, int64_t t, int64_t col
         parallel_for(static_cast<int64_t>(tiles.size()), quantise);
     }
 
-    // Panels in parts that are large enough to stream and small enough that nobody waits long for the last one.
+    // Panels of all matrices in a row, cut into parts that get smaller towards the end: long ones stream well, short ones
+    // let everybody finish together.
     struct Part {
         const Job* job;
         int64_t first, last;
     };
     std::vector<Part> parts;
     const int lanes = k.matmul.lanes;
-    int64_t panels = 0;
-    for (const Job& job : jobs) panels += (job.matrix->rows + lanes - 1) / lanes;
-    const int64_t step = std::clamp<int64_t>(panels / (16 * threads()), 1, 64);
+    auto panels_of = [&](const Job& job) { return (job.matrix->rows + lanes - 1) / lanes; };
+    int64_t left = 0;
+    for (const Job& job : jobs) left += panels_of(job);
+    int64_t size = 0;
+    int given = 0;
     for (const Job& job : jobs) {
-        const int64_t n = (job.matrix->rows + lanes - 1) / lanes;
-        for (int64_t p = 0; p < n; p += step) parts.push_back({&job, p, std::min(n, p + step)});
+        const int64_t n = panels_of(job);
+        for (int64_t p = 0; p < n;) {
+            if (given++ % threads() == 0) size = std::max<int64_t>(1, (left + 3 * threads() - 1) / (3 * threads()));
+            const int64_t take = std::min(size, n - p);
+            parts.push_back({&job, p, p + take});
+            p += take, left -= take;
+        }
     }
     const size_t bytes = k.matmul.scratch_bytes(cols);
     parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t i, int thread) {

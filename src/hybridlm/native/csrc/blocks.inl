@@ -212,15 +212,10 @@ template <> struct Blocks<Q6_K> {
         quarter<3>(4 * half + 3, low, high, scales[2 * half + 1], d, sink);
     }
     template <class Sink> static HYBRIDLM_INLINE void unit(const uint8_t* p, size_t stride, Sink& sink) {
-        U scales[4];
-        uint32_t half[lanes];
+        U scales[4], last[4];
         rows_to_dwords(p + 192, stride, scales);
-        for (int k = 0; k < lanes; ++k) {
-            uint16_t d;
-            memcpy(&d, p + k * stride + 208, 2);
-            half[k] = d;
-        }
-        F d = half_low(load(half));
+        rows_to_dwords(p + 194, stride, last);  // ends with the scale of the scales
+        F d = half_high(last[3]);
         halfway<0>(p, stride, scales, d, sink);
         halfway<1>(p, stride, scales, d, sink);
     }

@@ -9,6 +9,7 @@
 
 constexpr int lanes = 16;
 constexpr int wide_tile = 16;
+constexpr int straight = 4;  // rows of x up to which weights are used as they are unpacked, without a panel in between
 using U = __m512i;
 using I = __m512i;
 using F = __m512;
@@ -77,12 +78,37 @@ HYBRIDLM_INLINE void rows_to_dwords(const uint8_t* p, size_t stride, U* out) {
 // Weights as `dots` wants them, from unsigned numbers with a bias.
 template <int bias> HYBRIDLM_INLINE U prepare(U w) { return w; }
 
-// The sum over n dwords; max is the largest unsigned number among the weights.
-template <int bias, int max, int n> HYBRIDLM_INLINE I dots(const U* w, const int8_t* x, const int32_t* start) {
-    const int32_t* q = reinterpret_cast<const int32_t*>(x);
-    I sum = bias ? _mm512_set1_epi32(*start) : _mm512_setzero_si512();
-    for (int i = 0; i < n; ++i) sum = _mm512_dpbusd_epi32(sum, w[i], _mm512_set1_epi32(q[i]));
+#if defined(__GNUC__) && !defined(__clang__)  // gcc does not fold the broadcast into the instruction by itself
+HYBRIDLM_INLINE I dot(I sum, U w, const int32_t* x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
     return sum;
+}
+#else
+HYBRIDLM_INLINE I dot(I sum, U w, const int32_t* x) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(*x)); }
+#endif
+
+// The sums over n dwords for several rows of x, 32 bytes apart; max is the largest unsigned number among the weights.
+// The rows take turns, since each sum is a chain of instructions that wait for one another; a single row gets two chains.
+template <int bias, int max, int n, int rows>
+HYBRIDLM_INLINE void dots(const U* w, const int8_t* x, const int32_t* start, int starts, I* sums) {
+    const int32_t* q = reinterpret_cast<const int32_t*>(x);
+    for (int t = 0; t < rows; ++t) sums[t] = bias ? _mm512_set1_epi32(start[t * starts]) : _mm512_setzero_si512();
+    if constexpr (rows == 1) {
+        I others[rows];
+        for (int t = 0; t < rows; ++t) others[t] = _mm512_setzero_si512();
+        for (int i = 0; i < n; i += 2) {
+            for (int t = 0; t < rows; ++t) {
+                sums[t] = dot(sums[t], w[i], q + 8 * t + i);
+                others[t] = dot(others[t], w[i + 1], q + 8 * t + i + 1);
+            }
+        }
+        for (int t = 0; t < rows; ++t) sums[t] = _mm512_add_epi32(sums[t], others[t]);
+    } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+            for (int t = 0; t < rows; ++t) sums[t] = dot(sums[t], w[i], q + 8 * t + i);
+    }
 }
 
 HYBRIDLM_INLINE double spin_dots(int64_t turns) {
@@ -106,12 +132,13 @@ HYBRIDLM_INLINE F columns_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
 HYBRIDLM_INLINE float total(F v) { return _mm512_reduce_add_ps(v); }
-HYBRIDLM_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+HYBRIDLM_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // into the second cache
 
 #elif defined(HYBRIDLM_AVX2)
 
 constexpr int lanes = 8;
 constexpr int wide_tile = 4;
+constexpr int straight = 1;
 using U = __m256i;
 using I = __m256i;
 using F = __m256;
@@ -182,7 +209,7 @@ HYBRIDLM_INLINE void rows_to_dwords(const uint8_t* p, size_t stride, U* out) {
 // moves over to x.
 template <int bias> HYBRIDLM_INLINE U prepare(U w) { return bias == 128 ? _mm256_xor_si256(w, same(0x80808080u)) : w; }
 
-template <int bias, int max, int n> HYBRIDLM_INLINE I dots(const U* w, const int8_t* x, const int32_t* start) {
+template <int bias, int max, int n> HYBRIDLM_INLINE I dots_of(const U* w, const int8_t* x, const int32_t* start) {
     const int32_t* q = reinterpret_cast<const int32_t*>(x);
     constexpr bool is_signed = bias == 128;
     constexpr int room = is_signed ? 1 : 32767 / (max * 127 * 2), group = room >= n ? n : room >= 4 ? 4 : room >= 2 ? 2 : 1;
@@ -225,12 +252,13 @@ HYBRIDLM_INLINE float total(F v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
-HYBRIDLM_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+HYBRIDLM_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // into the second cache
 
 #elif defined(HYBRIDLM_NEON)
 
 constexpr int lanes = 8;
 constexpr int wide_tile = 8;
+constexpr int straight = 1;
 struct U { uint32x4_t a, b; };
 struct I { int32x4_t a, b; };
 struct F { float32x4_t a, b; };
@@ -309,7 +337,7 @@ template <int bias> HYBRIDLM_INLINE U prepare(U w) {
     return {vreinterpretq_u32_u8(vsubq_u8(vreinterpretq_u8_u32(w.a), b)), vreinterpretq_u32_u8(vsubq_u8(vreinterpretq_u8_u32(w.b), b))};
 }
 
-template <int bias, int max, int n> HYBRIDLM_INLINE I dots(const U* w, const int8_t* x, const int32_t*) {
+template <int bias, int max, int n> HYBRIDLM_INLINE I dots_of(const U* w, const int8_t* x, const int32_t*) {
     const int32_t* q = reinterpret_cast<const int32_t*>(x);
     I sum = {vdupq_n_s32(0), vdupq_n_s32(0)};
     for (int i = 0; i < n; ++i) {
@@ -339,12 +367,13 @@ HYBRIDLM_INLINE F columns_bf16(const uint16_t* p) {
     return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)), vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4), 16))};
 }
 HYBRIDLM_INLINE float total(F v) { return vaddvq_f32(vaddq_f32(v.a, v.b)); }
-HYBRIDLM_INLINE void fetch(const void* p) { __builtin_prefetch(p); }
+HYBRIDLM_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #else  // scalar: arrays, which a compiler may turn into whatever the baseline has
 
 constexpr int lanes = 4;
 constexpr int wide_tile = 4;
+constexpr int straight = 1;
 struct U { uint32_t v[lanes]; };
 struct I { int32_t v[lanes]; };
 struct F { float v[lanes]; };
@@ -394,7 +423,7 @@ HYBRIDLM_INLINE void rows_to_dwords(const uint8_t* p, size_t stride, U* out) {
     for (int i = 0; i < 4; ++i) HYBRIDLM_EACH memcpy(&out[i].v[k], p + k * stride + 4 * i, 4);
 }
 template <int bias> HYBRIDLM_INLINE U prepare(U w) { return w; }
-template <int bias, int max, int n> HYBRIDLM_INLINE I dots(const U* w, const int8_t* x, const int32_t* start) {
+template <int bias, int max, int n> HYBRIDLM_INLINE I dots_of(const U* w, const int8_t* x, const int32_t* start) {
     I sum;
     HYBRIDLM_EACH sum.v[k] = bias ? *start : 0;
     for (int i = 0; i < n; ++i)
@@ -413,4 +442,11 @@ HYBRIDLM_INLINE float total(F v) { return (v.v[0] + v.v[1]) + (v.v[2] + v.v[3]);
 HYBRIDLM_INLINE void fetch(const void*) {}
 #undef HYBRIDLM_EACH
 
+#endif
+
+#if !defined(HYBRIDLM_AVX512)
+template <int bias, int max, int n, int rows>
+HYBRIDLM_INLINE void dots(const U* w, const int8_t* x, const int32_t* start, int starts, I* sums) {
+    for (int t = 0; t < rows; ++t) sums[t] = dots_of<bias, max, n>(w, x + 32 * t, start + starts * t);
+}
 #endif

@@ -2,7 +2,9 @@
 
 #if defined(_MSC_VER)
 #define HYBRIDLM_INLINE static __forceinline
+#define HYBRIDLM_UNROLL
 #else
+#define HYBRIDLM_UNROLL _Pragma("GCC unroll 8")
 #define HYBRIDLM_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -44,15 +46,21 @@ HYBRIDLM_INLINE int32_t nearest(float x) { return int32_t(to_bits(x + 12582912.0
 
 // ---- quantised weights ---------------------------------------------------------------------------------------------
 
-// Adds one block of 32 columns to the sums of one row of x.
-template <class Q>
-HYBRIDLM_INLINE F accumulate(F sum, const U* w, F scale, F second, const int8_t* x, float dx, float sx, const int32_t* start) {
+// Adds one block of 32 columns to the sums of `rows` rows of x.
+template <class Q, int rows>
+HYBRIDLM_INLINE void accumulate(F* sum, const U* w, F scale, F second, const int8_t* x, const float* dx, const float* sx,
+                                const int32_t* start) {
+    I dot[rows];
     if constexpr (Q::halves) {
-        sum = fused(convert(dots<Q::bias, Q::max, 4>(w, x, start)), times(scale, same_f(dx)), sum);
-        return fused(convert(dots<Q::bias, Q::max, 4>(w + 4, x + 16, start + 1)), times(second, same_f(dx)), sum);
+        dots<Q::bias, Q::max, 4, rows>(w, x, start, 2, dot);
+        for (int t = 0; t < rows; ++t) sum[t] = fused(convert(dot[t]), times(scale, same_f(dx[t])), sum[t]);
+        dots<Q::bias, Q::max, 4, rows>(w + 4, x + 16, start + 1, 2, dot);
+        for (int t = 0; t < rows; ++t) sum[t] = fused(convert(dot[t]), times(second, same_f(dx[t])), sum[t]);
     } else {
-        sum = fused(convert(dots<Q::bias, Q::max, 8>(w, x, start)), times(scale, same_f(dx)), sum);
-        return Q::minimum ? fused_minus(second, same_f(sx), sum) : sum;
+        dots<Q::bias, Q::max, 8, rows>(w, x, start, 1, dot);
+        for (int t = 0; t < rows; ++t) sum[t] = fused(convert(dot[t]), times(scale, same_f(dx[t])), sum[t]);
+        if constexpr (Q::minimum)
+            for (int t = 0; t < rows; ++t) sum[t] = fused_minus(second, same_f(sx[t]), sum[t]);
     }
 }
 
@@ -68,10 +76,24 @@ template <class Q> using KindOf = Kind<Q::bias, Q::max, Q::minimum, Q::halves>;
 template <class Q> using KindOf = Kind<Q::bias ? 1 : 0, 0, Q::minimum, Q::halves>;
 #endif
 
+// Fetches the next panel while this one is worked on, as streams of four rows each in the order of memory: a core gets
+// more out of memory by a few long streams than by one, and more than by a short one for every row.
+struct Ahead {
+    const uint8_t* at;  // of the first stream, where this unit's share begins
+    int64_t apart;
+    template <class Q> HYBRIDLM_INLINE void step(int block) const {
+        constexpr int share = 4 * Q::unit_bytes;
+        for (int line = (block * share / 8 + 63) / 64; line < ((block + 1) * share / 8 + 63) / 64; ++line)
+            for (int s = 0; s < (lanes + 3) / 4; ++s) fetch(at + s * apart + 64 * line);
+    }
+};
+
 // Sinks: where unpacked blocks go.
 struct ToPanel {
     uint8_t* out;
+    Ahead ahead;
     template <class Q> HYBRIDLM_INLINE void put(int block, const U* w, F scale, F second) {
+        ahead.template step<Q>(block);
         uint8_t* p = out + block * KindOf<Q>::record;
         for (int i = 0; i < 8; ++i) store(p + 4 * lanes * i, prepare<Q::bias>(w[i]));
         store_f(reinterpret_cast<float*>(p + 32 * lanes), scale);
@@ -79,15 +101,18 @@ struct ToPanel {
     }
 };
 
-struct ToSum {  // one row of x, straight away
+template <int rows> struct ToSums {  // meets the rows of x straight away
     const int8_t* x;
     const float *dx, *sx;
     const int32_t* start;
-    F sum;
+    Ahead ahead;
+    F sum[rows];
     template <class Q> HYBRIDLM_INLINE void put(int block, const U* w, F scale, F second) {
+        ahead.template step<Q>(block);
         U v[8];
         for (int i = 0; i < 8; ++i) v[i] = prepare<Q::bias>(w[i]);
-        sum = accumulate<Q>(sum, v, scale, second, x + 32 * block, dx[block], sx[block], start + (Q::halves ? 2 : 1) * block);
+        const int at = rows * block;
+        accumulate<Q, rows>(sum, v, scale, second, x + 32 * at, dx + at, sx + at, start + (Q::halves ? 2 : 1) * at);
     }
 };
 
@@ -102,11 +127,11 @@ void panel(const uint8_t* records, int64_t blocks, const int8_t* x, const float*
         for (int i = 0; i < 8; ++i) w[i] = load(records + 4 * lanes * i);
         F scale = load_f(reinterpret_cast<const float*>(records + 32 * lanes)), second = scale;
         if constexpr (K::minimum || K::halves) second = load_f(reinterpret_cast<const float*>(records + 36 * lanes));
-#if !defined(_MSC_VER)
-#pragma GCC unroll 16
-#endif
-        for (int t = 0; t < width; ++t)
-            sum[t] = accumulate<K>(sum[t], w, scale, second, x + 32 * t, dx[t], sx[t], start + (K::halves ? 2 : 1) * t);
+        constexpr int starts = K::halves ? 2 : 1, left = width % 4, whole = width - left;
+        HYBRIDLM_UNROLL
+        for (int t = 0; t < whole; t += 4) accumulate<K, 4>(sum + t, w, scale, second, x + 32 * t, dx + t, sx + t, start + starts * t);
+        if constexpr (left > 0)
+            accumulate<K, left>(sum + whole, w, scale, second, x + 32 * whole, dx + whole, sx + whole, start + starts * whole);
         records += K::record;
         x += 32 * width, dx += width, sx += width, start += (K::halves ? 2 : 1) * width;
     }
@@ -199,34 +224,66 @@ void quantised_of(const uint8_t* data, int64_t rows, int64_t cols, int64_t first
             memcpy(out + (t + i) * stride + row, from + i * lanes, static_cast<size_t>(4 * smaller(lanes, rows - row)));
     };
 
+    auto ahead = [&](int64_t p, int64_t u) {
+        const bool next = p + 1 < last && (p + 2) * lanes <= rows && 256 * (u + 1) <= cols;
+        return Ahead{next ? data + (p + 1) * lanes * source.row_bytes + u * 4 * Q::unit_bytes : data, next ? 4 * source.row_bytes : 0};
+    };
+
+    if (count == 1 && total_width <= straight) {
+        auto with = [&](auto& sink) {
+            const auto begin = sink;
+            for (int64_t p = first; p < last; ++p) {
+                sink = begin;
+                for (int64_t u = 0; u < units; ++u) {
+                    size_t step;
+                    const uint8_t* from = source.unit<Q>(p * lanes, u, step);
+                    sink.ahead = ahead(p, u);
+                    Q::unit(from, step, sink);
+                    const int64_t n = 8 * total_width;
+                    sink.x += 32 * n, sink.dx += n, sink.sx += n, sink.start += starts * n;
+                }
+                for (int t = 0; t < total_width; ++t) store_f(sums + t * lanes, sink.sum[t]);
+                finish(p * lanes, 0, sums, static_cast<int>(total_width));
+            }
+        };
+        const Tile& tile = tiles[0];
+        const int32_t* s = starts_of(tile);
+        if (total_width == 1) {
+            ToSums<1> sink{tile.x, tile.scale, tile.sum, s, {}, {zero_f()}};
+            return with(sink);
+        }
+        if constexpr (straight >= 4) {
+            if (total_width == 2) {
+                ToSums<2> sink{tile.x, tile.scale, tile.sum, s, {}, {zero_f(), zero_f()}};
+                return with(sink);
+            }
+            if (total_width == 3) {
+                ToSums<3> sink{tile.x, tile.scale, tile.sum, s, {}, {zero_f(), zero_f(), zero_f()}};
+                return with(sink);
+            }
+            ToSums<4> sink{tile.x, tile.scale, tile.sum, s, {}, {zero_f(), zero_f(), zero_f(), zero_f()}};
+            return with(sink);
+        }
+    }
+
     if (total_width <= few) {
         for (int64_t p = first; p < last; ++p) {
-            const int64_t row = p * lanes;
             memset(sums, 0, few * lanes * 4);
-            // The next unit but some of every row, through the end of a row into the next panel: a row's end is the
-            // start of the row below it.
-            ToSum one{tiles[0].x, tiles[0].scale, tiles[0].sum, starts_of(tiles[0]), zero_f()};
             for (int64_t u = 0; u < units; ++u) {
                 size_t step;
-                const uint8_t* from = source.unit<Q>(row, u, step);
-                if (total_width == 1) {
-                    Q::unit(from, step, one);
-                    one.x += 256, one.dx += 8, one.sx += 8, one.start += 8 * starts;
-                } else {
-                    ToPanel panel_sink{records};
-                    Q::unit(from, step, panel_sink);
-                    float* s = sums;
-                    for (int i = 0; i < count; ++i) {
-                        const Tile& tile = tiles[i];
-                        const int64_t at = 8 * u * tile.width;
-                        panel_kernel<K>(tile.width)(records, 8, tile.x + 32 * at, tile.scale + at, tile.sum + at,
-                                                    starts_of(tile) + starts * at, s);
-                        s += tile.width * lanes;
-                    }
+                const uint8_t* from = source.unit<Q>(p * lanes, u, step);
+                ToPanel sink{records, ahead(p, u)};
+                Q::unit(from, step, sink);
+                float* s = sums;
+                for (int i = 0; i < count; ++i) {
+                    const Tile& tile = tiles[i];
+                    const int64_t at = 8 * u * tile.width;
+                    panel_kernel<K>(tile.width)(records, 8, tile.x + 32 * at, tile.scale + at, tile.sum + at,
+                                                starts_of(tile) + starts * at, s);
+                    s += tile.width * lanes;
                 }
             }
-            if (total_width == 1) store_f(sums, one.sum);
-            finish(row, 0, sums, static_cast<int>(total_width));
+            finish(p * lanes, 0, sums, static_cast<int>(total_width));
         }
         return;
     }
@@ -238,7 +295,7 @@ void quantised_of(const uint8_t* data, int64_t rows, int64_t cols, int64_t first
             for (int64_t u = 0; u < units; ++u) {
                 size_t step;
                 const uint8_t* from = source.unit<Q>((p + i) * lanes, u, step);
-                ToPanel panel_sink{records + i * panel_bytes + 8 * u * K::record};
+                ToPanel panel_sink{records + i * panel_bytes + 8 * u * K::record, ahead(p + i, u)};
                 Q::unit(from, step, panel_sink);
             }
         }
