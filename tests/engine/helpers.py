@@ -10,7 +10,7 @@ from tests.engine.reference_ops import ReferenceOps, array_loader
 
 from hybridlm.config import FULL, LINEAR, SLIDING, HybridConfig, Rope, Yarn
 from hybridlm.engine.engine import Engine
-from hybridlm.engine.state import Layout
+from hybridlm.engine.layout import Layout
 from hybridlm.engine.weights import bind, expected_tensors
 
 

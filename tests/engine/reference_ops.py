@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from hybridlm.config import HybridConfig, Rope
-from hybridlm.engine.state import PAGE, Layout, State
+from hybridlm.engine.layout import PAGE, Layout
+from hybridlm.engine.state import State
 from hybridlm.engine.walk import Batch, Segment
 from hybridlm.engine.weights import DeltaNetLayer, Loader, Weights
 

@@ -12,7 +12,7 @@ from tests.text.helpers import byte_level
 from hybridlm import native
 from hybridlm.config import FULL, LINEAR, SLIDING, HybridConfig, Rope, Yarn
 from hybridlm.engine import Engine, Sampler
-from hybridlm.engine.engine import SLAB
+from hybridlm.engine.passes import SLAB
 from hybridlm.errors import FormatError, HybridLMError
 from hybridlm.formats.blocks import GGMLType, dequantize
 from hybridlm.formats.encode import encode
@@ -62,11 +62,11 @@ def check_against_float64(tmp_path, seed):
     with engine:
         tokens = rng.integers(0, config.vocab_size, int(rng.choice([1, 2, 15, 64, 100, 150]))).tolist()
         want = truth.logits(tokens)
-        assert error(engine.logits(tokens), want) < 2e-5
+        assert error(engine.logits(tokens), want) < 1e-4
         session, at = engine.session(), 0
         while at < len(tokens):  # in parts, single tokens among them
             n = int(rng.choice([1, 1, 3, 20, 65]))
-            assert error(session.prefill(tokens[at:at + n]), want[min(at + n, len(tokens)) - 1]) < 2e-5
+            assert error(session.prefill(tokens[at:at + n]), want[min(at + n, len(tokens)) - 1]) < 1e-4
             at += n
 
 
@@ -232,6 +232,20 @@ def test_broken_files_are_named(tmp_path):
                            ({"kv_type": "q8_0"}, "kv_type"), ({"context": -1}, "context")):
         with pytest.raises(HybridLMError, match=words):
             Engine.open(good, **options)
+
+
+def test_missing_kernels_are_one_sentence():
+    code = """
+import sys
+sys.modules["hybridlm.native._native"] = None
+import hybridlm
+try:
+    hybridlm.Engine.random(hybridlm.HybridConfig.preset("tiny"))
+except hybridlm.errors.HybridLMError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stdout.startswith("the compiled kernels are missing"), run.stderr
 
 
 def test_runs_with_torch_absent(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 from tests.engine.helpers import random_config, reference_engine, small_config
 
 from hybridlm.config import FULL, LINEAR, SLIDING
-from hybridlm.engine import engine as module
+from hybridlm.engine import passes as module
 from hybridlm.engine.chat import common_prefix
-from hybridlm.engine.engine import _slices
+from hybridlm.engine.passes import _slices
 from hybridlm.engine.sampler import log_softmax
 from hybridlm.errors import HybridLMError
 

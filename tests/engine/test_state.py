@@ -9,7 +9,8 @@ import pytest
 from tests.engine.helpers import small_config
 
 from hybridlm.config import FULL, LINEAR, SLIDING
-from hybridlm.engine.state import _PREFIX, PAGE, Layout, State
+from hybridlm.engine.layout import PAGE, Layout
+from hybridlm.engine.state import _PREFIX, State
 from hybridlm.errors import FormatError, HybridLMError
 
 CONFIG = small_config(layer_types=(LINEAR, SLIDING, FULL, LINEAR, SLIDING), sliding_window=100)

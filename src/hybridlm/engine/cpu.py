@@ -12,7 +12,8 @@ import numpy as np
 
 from hybridlm import native
 from hybridlm.config import HybridConfig, Rope
-from hybridlm.engine.state import KV_TYPES, PAGE, Layout, State
+from hybridlm.engine.layout import KV_TYPES, PAGE, Layout
+from hybridlm.engine.state import State
 from hybridlm.engine.walk import Batch
 from hybridlm.engine.weights import DeltaNetLayer, Loader, Weights
 from hybridlm.errors import FormatError

@@ -4,15 +4,14 @@
     for piece in engine.generate("The steam engine", max_tokens=50):
         print(piece.text, end="", flush=True)
 
-An engine runs one pass at a time, under a lock; threads take turns pass by pass. What reads long texts does so in slabs
-of `SLAB` rows, so memory beside the weights and the state does not grow with the length.
+This file is the surface: opening, checking what comes in, and the names that others build on. `passes.py` does the
+reading, `generate.py` the writing. An engine may be used from several threads; they take turns pass by pass.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,18 @@ import numpy as np
 from hybridlm.config import HybridConfig
 from hybridlm.engine.chat import Said, chat_prompt
 from hybridlm.engine.generate import Generation
+from hybridlm.engine.layout import Layout
+from hybridlm.engine.passes import Part, Passes
 from hybridlm.engine.prefix_cache import PrefixCache
 from hybridlm.engine.sampler import Sampler
 from hybridlm.engine.session import Session
-from hybridlm.engine.state import Layout, State, Trial
-from hybridlm.engine.walk import Batch, Ops, forward, logits
+from hybridlm.engine.state import State
+from hybridlm.engine.walk import Ops
 from hybridlm.engine.weights import Weights, bind, read_each_step
 from hybridlm.errors import FormatError, HybridLMError
 
 __all__ = ["CHECKPOINT_EVERY", "Engine"]
 
-SLAB = 256  # rows of one pass: enough for the matmuls, small enough for memory and for an interruption
-HEAD_ROWS = 32  # rows of logits made at a time where many are needed and none is kept
-SCORE_BYTES = 256 << 20  # of the states of texts scored side by side
 CHECKPOINT_EVERY = 512
 
 
@@ -62,7 +60,7 @@ class Engine:
         self.cache = PrefixCache(_memory() // 10 if cache_bytes is None else cache_bytes)
         self.said = Said()
         self._weights, self._ops, self._file = weights, ops, file
-        self._lock = threading.RLock()
+        self._passes = Passes(weights, ops, self.context)
 
     @classmethod
     def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str = "f16",
@@ -84,6 +82,7 @@ class Engine:
 
             return cuda.open_engine(cls, path, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
                                     checkpoint_every=checkpoint_every)
+        _need_native()
         from hybridlm.engine.cpu import CPU, file_loader
         from hybridlm.formats.gguf_reader import GGUFFile
 
@@ -106,6 +105,7 @@ class Engine:
                kv_type: str = "f16", context: int | None = None, cache_bytes: int | None = None,
                checkpoint_every: int = CHECKPOINT_EVERY) -> Engine:
         """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer."""
+        _need_native()
         from hybridlm.engine.cpu import CPU
         from hybridlm.engine.random_weights import RandomLoader
 
@@ -211,27 +211,7 @@ class Engine:
 
     def score(self, texts: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
         """`logprobs` of several texts, read side by side."""
-        ids = [self._ids(tokens) for tokens in texts]
-        result = [np.zeros(len(t) - 1, np.float32) for t in ids]
-        order = [i for i in sorted(range(len(ids)), key=lambda i: len(ids[i])) if len(ids[i]) > 1]
-        most = max(1, SCORE_BYTES // self.layout.fixed_bytes)
-        states: list[Any] = []
-        while order:
-            group = [order.pop()]  # a long text alone, short ones as many as one pass holds
-            while order and len(group) < most and sum(len(ids[i]) for i in (*group, order[-1])) <= SLAB:
-                group.append(order.pop())
-            for state in states:
-                state.reset()
-            states += [self._ops.state() for _ in range(len(group) - len(states))]
-            parts = [(state, ids[i][:-1]) for state, i in zip(states, group, strict=False)]
-            with self._lock:
-                for slices, hidden in self._read(parts):
-                    targets = np.concatenate([ids[group[p]][a + 1:b + 1] for p, a, b in slices])
-                    found, row = self._logprobs(hidden, targets), 0
-                    for p, a, b in slices:
-                        result[group[p]][a:b] = found[row:row + b - a]
-                        row += b - a
-        return result
+        return self._passes.score([self._ids(tokens) for tokens in texts])
 
     def decode_bytes_per_token(self, context: int = 0) -> int:
         """Bytes that generating one token after `context` others must move through memory.
@@ -276,32 +256,16 @@ class Engine:
 
         Float32 logits of what follows: [len(batch), vocab] after each session's last token, in order; with `every`
         [all tokens, vocab], row after row. With `trial` the sessions can `take_back` the last of these tokens, until
-        their next step or snapshot; the tokens in all must then fit in one pass, `SLAB`.
+        their next step or snapshot; all tokens must then fit in one pass (256).
 
         The sessions must differ. When a pass is interrupted, all sessions in the batch become unusable.
         """
         parts = self._parts(batch)
-        if trial:
-            self._begin_trial(parts)
-        if not every:
-            with self._lock:
-                self._finish(parts, trial)
-                return self.next_logits([session for session, _ in batch])
-        first = np.cumsum([0] + [len(ids) for _, ids in parts])
-        out = np.empty((int(first[-1]), self.config.vocab_size), np.float32)
-        with self._lock:
-            for slices, hidden in self._read(parts, trial):
-                row = 0
-                for p, a, b in slices:
-                    for i in range(0, b - a, HEAD_ROWS):
-                        j, to = min(i + HEAD_ROWS, b - a), first[p] + a
-                        out[to + i:to + j] = logits(self._weights, self._ops, hidden[row + i:row + j])
-                    row += b - a
-        return out
+        return self._passes.read_every(parts, trial) if every else self._passes.read(parts, trial)
 
     def feed(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> None:
         """`step` without logits."""
-        self._finish(self._parts(batch))
+        self._passes.feed(self._parts(batch))
 
     def next_logits(self, sessions: Sequence[Session]) -> np.ndarray:
         """Float32 [len(sessions), vocab]: what follows the last token that each has read."""
@@ -309,9 +273,12 @@ class Engine:
             session._check()
             if not session.position:
                 raise HybridLMError("session: has read nothing yet; prefill it first")
-        with self._lock:
-            hidden = np.stack([session.state.hidden for session in sessions])
-            return np.asarray(logits(self._weights, self._ops, hidden))
+        return self._passes.next_logits([session.state for session in sessions])
+
+    def take_back(self, session: Session, count: int) -> None:
+        """Make the session forget the last `count` tokens of its last step, which must have been a trial."""
+        session._check()
+        self._passes.take_back(session.state, count)
 
     def close(self) -> None:
         """Let go of the model file and the cache. The engine and its sessions must not be used afterwards."""
@@ -343,7 +310,7 @@ class Engine:
                                 f"{self.config.vocab_size}")
         return ids.astype(np.int32)
 
-    def _parts(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> list[tuple[Any, np.ndarray]]:
+    def _parts(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> list[Part]:
         """The states and tokens of a batch, checked."""
         if len({id(session.state) for session, _ in batch}) < len(batch):
             raise HybridLMError("batch: a session appears twice; join its tokens")
@@ -357,93 +324,6 @@ class Engine:
             raise HybridLMError("batch: empty; give at least one session with its tokens")
         return parts
 
-    def _begin_trial(self, parts: Sequence[tuple[Any, np.ndarray]]) -> None:
-        if sum(len(ids) for _, ids in parts) > SLAB:
-            raise HybridLMError(f"trial: {sum(len(ids) for _, ids in parts)} tokens do not fit in one pass of {SLAB}")
-        for state, _ in parts:
-            state.trial = state.trial or Trial(state)
-
-    def take_back(self, session: Session, count: int) -> None:
-        """Make the session forget the last `count` tokens of its last step, which must have been a trial."""
-        session._check()
-        state, trial = session.state, session.state.trial
-        if trial is None or trial.position < 0 or not 0 <= count <= state.position - trial.position:
-            raise HybridLMError(f"take_back: the last step was no trial of {count} or more tokens")
-        kept = state.position - trial.position - count
-        with self._lock:
-            if count:
-                hidden, tokens, state.valid = trial.hidden, state.tokens[trial.position:trial.position + kept], False
-                trial.go_back(state)
-                if kept:
-                    self._ops.replay(self._weights, state, trial.rows, kept)
-                state.hidden[:] = hidden[kept]
-                state.tokens += tokens
-                state.valid = True
-            trial.position = -1
-
-    def _finish(self, parts: Sequence[tuple[Any, np.ndarray]], trial: bool = False) -> None:
-        with self._lock:
-            for _ in self._read(parts, trial):
-                pass
-
-    def _read(self, parts: Sequence[tuple[Any, np.ndarray]], trial: bool = False
-              ) -> Iterator[tuple[list[tuple[int, int, int]], Any]]:
-        """Read tokens into states, at most SLAB rows a pass. The caller holds the lock.
-
-        Yields after each pass what its rows were, as (part, first token, last token exclusive) in order, and the final
-        hidden rows, which the next pass overwrites. The states are valid again when all is read.
-        """
-        for state, ids in parts:
-            if state.position + len(ids) > self.context:
-                raise HybridLMError(f"context: {state.position + len(ids)} tokens do not fit in {self.context}; open "
-                                    "the model with a larger context or shorten the text")
-        for state, _ in parts:
-            state.valid = False
-        for slices in _slices([len(ids) for _, ids in parts], SLAB):
-            batch = Batch.of([(parts[p][0], parts[p][1][a:b]) for p, a, b in slices], trial)
-            hidden = forward(self._weights, self._ops, batch)
-            for (p, a, b), segment in zip(slices, batch.segments, strict=True):
-                state, ids = parts[p]
-                if state.trial is not None:
-                    state.trial.position = state.position if trial else -1
-                    if trial:  # the row before the pass too, should all of it be taken back
-                        rows = hidden[segment.first:segment.last]
-                        state.trial.hidden = np.concatenate([state.hidden[None], rows])
-                state.tokens += ids[a:b].tolist()
-                state.hidden[:] = hidden[segment.last - 1]
-            yield slices, hidden
-        for state, _ in parts:
-            state.valid = True
-
-    def _logprobs(self, hidden: Any, targets: np.ndarray) -> np.ndarray:
-        """Log-probability of a target after each row."""
-        out = np.empty(len(targets), np.float32)
-        for i in range(0, len(targets), HEAD_ROWS):
-            x = logits(self._weights, self._ops, hidden[i:i + HEAD_ROWS])
-            x -= x.max(axis=-1, keepdims=True)
-            chosen = np.take_along_axis(x, targets[i:i + HEAD_ROWS, None].astype(np.int64), axis=-1)[:, 0]
-            np.exp(x, out=x)
-            out[i:i + HEAD_ROWS] = chosen - np.log(x.sum(axis=-1, dtype=np.float64))
-        return out
-
-
-def _slices(lengths: Sequence[int], rows: int) -> Iterator[list[tuple[int, int, int]]]:
-    """(part, first, last) triples that cover all parts in order, in groups of at most `rows` tokens."""
-    group: list[tuple[int, int, int]] = []
-    room = rows
-    for part, length in enumerate(lengths):
-        first = 0
-        while first < length:
-            last = min(length, first + room)
-            group.append((part, first, last))
-            room -= last - first
-            first = last
-            if not room:
-                yield group
-                group, room = [], rows
-    if group:
-        yield group
-
 
 def _device(device: str) -> str:
     from importlib.util import find_spec
@@ -454,6 +334,14 @@ def _device(device: str) -> str:
     if kind == "cuda" and find_spec("hybridlm.engine.cuda") is None:
         raise HybridLMError('device: the GPU engine is not in this version yet; use device="cpu"')
     return kind
+
+
+def _need_native() -> None:
+    try:
+        import hybridlm.native  # noqa: F401
+    except ImportError as error:
+        raise HybridLMError(f"the compiled kernels are missing or do not fit this Python ({error}); install hybridlm "
+                            "again, with a C++ compiler at hand") from None
 
 
 def _set_threads(threads: int | None) -> None:

@@ -166,7 +166,7 @@ class Generation:
 
     def _remember(self) -> None:
         """Which tokens the conversation so far consists of, as its next turn will spell it."""
-        if self.prompt_text is None or not self.finish_reason:
+        if self.prompt_text is None:
             return
         tokens, decode = self.tokens, self._engine.tokenizer.decode
         for n in range(len(tokens), max(0, len(tokens) - 16), -1):  # the last ones may belong to a stop string

@@ -21,106 +21,19 @@ import io
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from hybridlm.config import LINEAR, HybridConfig
-from hybridlm.errors import FormatError, HybridLMError
+from hybridlm.engine.layout import PAGE, Layout, product
+from hybridlm.errors import FormatError
 
-__all__ = ["KV_TYPES", "PAGE", "KVType", "Layout", "Pages", "State", "Trial"]
-
-PAGE = 64  # tokens of a page
+__all__ = ["Pages", "State", "Trial"]
 
 _MAGIC, _VERSION = b"hlmstate", 1
 _PREFIX = struct.Struct("<8sII")  # magic, version, header bytes
 _MAX_HEADER = 1 << 28
-
-
-@dataclass(frozen=True, slots=True)
-class KVType:
-    """How keys and values are stored: a ggml type with `block` numbers in `nbytes` bytes."""
-
-    id: int
-    block: int
-    nbytes: int
-
-
-KV_TYPES = {"f32": KVType(0, 1, 4), "f16": KVType(1, 1, 2), "q8_0": KVType(8, 32, 34)}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The shapes of a model's state, and which model it belongs to. States of equal layouts can stand for each other.
-
-    Attention layers that look back equally far form a group; each group has its own pages.
-    """
-
-    fingerprint: str
-    kv_type: str
-    layers: tuple[int, ...]  # per layer: -1 for Gated DeltaNet, else its group
-    windows: tuple[int, ...]  # per group: tokens that a token sees, 0 for all
-    conv: tuple[int, int]  # channels of q|k|v, taps - 1
-    recurrent: tuple[int, int, int]  # Hv, K, V
-    kv: tuple[int, int]  # Hkv, head width
-    hidden: int  # D
-
-    @classmethod
-    def of(cls, config: HybridConfig, fingerprint: str, kv_type: str) -> Layout:
-        if kv_type not in KV_TYPES:
-            raise HybridLMError(f"kv_type: {kv_type!r} is unknown; known are {', '.join(KV_TYPES)}")
-        if config.has_attention and config.head_dim % KV_TYPES[kv_type].block:
-            raise HybridLMError(f"kv_type: {kv_type} stores {KV_TYPES[kv_type].block} numbers together, which does not "
-                                f"divide this model's head width {config.head_dim}; use f16")
-        seen = [None if kind == LINEAR else config.window_of(i) or 0 for i, kind in enumerate(config.layer_types)]
-        windows = tuple(dict.fromkeys(w for w in seen if w is not None))
-        return cls(fingerprint, kv_type, tuple(-1 if w is None else windows.index(w) for w in seen), windows,
-                   (config.conv_channels, config.linear_conv_kernel_dim - 1),
-                   (config.value_heads, config.key_dim, config.value_dim),
-                   (config.kv_heads, config.head_dim if config.has_attention else 0), config.hidden_size)
-
-    @cached_property
-    def slots(self) -> tuple[int, ...]:
-        """Per layer its index among the layers of its kind."""
-        return tuple(self.layers[:i].count(kind) for i, kind in enumerate(self.layers))
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token's key, or value, in one head."""
-        kv = KV_TYPES[self.kv_type]
-        return self.kv[1] // kv.block * kv.nbytes
-
-    def page_shape(self, group: int) -> tuple[int, int, int, int, int]:
-        """[layers, K or V, Hkv, tokens, bytes] of a page."""
-        return (self.layers.count(group), 2, self.kv[0], PAGE, self.row_bytes)
-
-    def page_bytes(self, group: int) -> int:
-        return _product(self.page_shape(group))
-
-    def first_page(self, group: int, position: int) -> int:
-        """The first page that the token at `position`, or one after it, can still see."""
-        window = self.windows[group]
-        return max(0, position - window + 1) // PAGE if window else 0
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Bytes of the part that does not grow."""
-        return 4 * self.layers.count(-1) * (_product(self.conv) + _product(self.recurrent)) + 4 * self.hidden
-
-    def own_bytes(self, position: int) -> int:
-        """Bytes, as saved, of all but the full pages: the fixed part and the used part of each last page."""
-        return self.fixed_bytes + sum(self.page_bytes(g) // PAGE * (position % PAGE) for g in range(len(self.windows)))
-
-    def full_pages(self, position: int) -> list[int]:
-        """The group of each full page that a state of this many tokens keeps, in the order of `State.blocks`."""
-        return [g for g in range(len(self.windows)) for _ in range(self.first_page(g, position), position // PAGE)]
-
-    def kv_bytes_read(self, position: int) -> int:
-        """Bytes of keys and values that the token at `position` reads, its own included."""
-        return sum(self.page_bytes(g) // PAGE * min(position + 1, window or position + 1)
-                   for g, window in enumerate(self.windows))
 
 
 class Pages:
@@ -331,7 +244,7 @@ class State:
         header = stream.read(header_size)
         try:
             described = json.loads(header)
-            found = _layout(described["layout"])
+            found = Layout.from_dict(described["layout"])
             tokens = described["tokens"]
             if not all(type(t) is int and 0 <= t < 1 << 31 for t in tokens):
                 raise ValueError
@@ -384,29 +297,6 @@ class Trial:
         self.position = -1
 
 
-def _layout(data: dict[str, Any]) -> Layout:
-    """A `Layout` from JSON; ValueError, TypeError or KeyError unless it is one."""
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    layout = Layout(**fields)
-    lengths = (layout.conv, 2), (layout.recurrent, 3), (layout.kv, 2)
-    numbers = [*layout.layers, *layout.windows, *layout.conv, *layout.recurrent, *layout.kv, layout.hidden]
-    if not (isinstance(layout.fingerprint, str) and layout.kv_type in KV_TYPES
-            and all(len(values) == n for values, n in lengths) and len(layout.layers) <= 4096
-            and all(type(n) is int and -1 <= n < 1 << 24 for n in numbers)
-            and min((*layout.windows, *layout.conv, *layout.recurrent, *layout.kv, layout.hidden)) >= 0
-            and set(layout.layers) - {-1} == set(range(len(layout.windows)))
-            and layout.kv[1] % KV_TYPES[layout.kv_type].block == 0):
-        raise ValueError
-    return layout
-
-
-def _product(numbers: Sequence[int]) -> int:
-    result = 1
-    for n in numbers:
-        result *= n
-    return result
-
-
 def _bytes(count: int) -> np.ndarray:
     """Zeroed bytes from a multiple of 64 on. Zeroed, so that no kernel meets a NaN in a page's unused rows."""
     raw = np.zeros(count + 64, np.uint8)
@@ -415,7 +305,7 @@ def _bytes(count: int) -> np.ndarray:
 
 
 def _floats(shape: tuple[int, ...]) -> np.ndarray:
-    return _bytes(4 * _product(shape)).view(np.float32).reshape(shape)
+    return _bytes(4 * product(shape)).view(np.float32).reshape(shape)
 
 
 def _copy(array: np.ndarray) -> np.ndarray:
