@@ -34,6 +34,8 @@ def quickstart(out: Path, *, seconds: float = 90.0) -> None:
 
     Stopped and run again, it goes on where it was. Raises a `HybridLMError` where a stage cannot be done.
     """
+    import torch
+
     from hybridlm.train import run
 
     began = time.monotonic()
@@ -48,7 +50,7 @@ def quickstart(out: Path, *, seconds: float = 90.0) -> None:
         "data": str(train), "val": str(held_out), "out": str(out), "vocab": "2048", "seconds": str(seconds),
         "batch": "8", "sequence": "256", "lr": "6e-3", "warmup": "20", "decay": "0.4", "val_every": "100",
         "val_tokens": "8000", "save_every": "100", "dtype": "bfloat16" if _fast_bfloat16() else "float32",
-        "tensorboard": "false",
+        "threads": str(min(8, torch.get_num_threads())), "tensorboard": "false",
     })
 
     _title("3  One file: GGUF, weights in 8 bits")
