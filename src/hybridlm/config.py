@@ -16,11 +16,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hybridlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["PRESETS", "HybridConfig", "Rope", "Yarn"]
 
@@ -65,6 +66,8 @@ class Rope:
 
     def inv_freq(self, head_dim: int) -> np.ndarray:
         """Angular frequencies, float32 [head_dim / 2], radians a token."""
+        import numpy as np  # here, because `hybridlm --help` needs none of it
+
         exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
         plain = 1.0 / self.theta**exponent
         if self.yarn is None:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -75,10 +76,11 @@ def build_app(wanted: str | None = None) -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code; what the `hybridlm` script calls."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command = next((a for a in arguments if not a.startswith("-")), None)
     try:
-        build_app(command)(args=arguments, prog_name="hybridlm")
+        code = build_app(command)(args=arguments, prog_name="hybridlm", standalone_mode=False)
+        _exit(code if isinstance(code, int) else 0)
     except SystemExit as stop:
         _exit(stop.code)
     except KeyboardInterrupt:
@@ -86,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `hybridlm ... | head`: the reader has seen enough
         _exit(1)
     except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's own, wherever typer has it from
+            _exit(wrong_usage(error))
+        if type(error).__name__ == "Abort":
+            _exit(130)
         line = explain(error, command)
         if line is None or os.environ.get("HYBRIDLM_DEBUG"):
             import traceback
@@ -95,6 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             line = "this is a bug in hybridlm; please report it with the command and the lines above"
         print("error: " + " ".join(line.split()), file=sys.stderr)
         _exit(1)
+
+
+def wrong_usage(error: Any) -> int:
+    """One line for arguments that do not fit; the help for a group without a command."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        if message:  # typer has printed it otherwise
+            print(message)
+        return 0
+    where = f" (see {context.command_path} --help)" if context else ""
+    print(f"error: {' '.join(message.split())}{where}", file=sys.stderr)
+    return int(error.exit_code)
 
 
 def explain(error: Exception, command: str | None) -> str | None:

@@ -21,7 +21,7 @@ from hybridlm.errors import ConfigError, FormatError, HybridLMError, ModelNotFou
 from hybridlm.store import hub
 from hybridlm.store.cache import Report, fingerprint, home, locked, require_space
 
-__all__ = ["DEFAULT_LIMIT", "default_type", "resolve"]
+__all__ = ["DEFAULT_LIMIT", "default_type", "resolve", "weights"]
 
 # Models of fewer parameters are converted to q8_0, larger ones to q4_0, where no type is asked for.
 DEFAULT_LIMIT = 1_500_000_000
@@ -63,15 +63,36 @@ def resolve(name_or_path: str | Path, *, type: str | None = None, progress: Repo
     type = type.lower() if type else None
     if path.is_dir():
         return _folder(path, type, report)
-    repo_id, _, revision = text.partition("@")
-    if path.suffix.lower() in (".gguf", ".safetensors", ".json") or not _ID.fullmatch(repo_id):
-        raise ModelNotFoundError(f"{name_or_path}: no such file or folder; a model on the hub is named OWNER/NAME")
-    return _repository(repo_id, revision or None, type, report, update)
+    return _repository(*_split_id(text), type, report, update)
+
+
+def weights(name_or_path: str | Path, *, progress: Report | None = None) -> Path:
+    """The folder of a model as Hugging Face stores it: itself, or that of a hub repository, fetched whole."""
+    text, report = str(name_or_path), progress or _silent
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path if (path / "config.json").is_file() or not (path / "hf").is_dir() else path / "hf"
+    repo_id, revision = _split_id(text)
+    root = home() / "hub" / repo_id.replace("/", "--")
+    with locked(root / ".lock", report):
+        report(f"looking up {repo_id}", 0, 0)
+        found = hub.look_up(repo_id, revision)
+        small, _, folder = _look_in(found, root)
+        _parameters(folder)
+        return _fetch_weights(found, small, folder, 0, found.id, report)
 
 
 def default_type(parameters: int) -> str:
     """The type that a model of this size is converted to unless told: the best that a laptop still runs well."""
     return "q8_0" if parameters < DEFAULT_LIMIT else "q4_0"
+
+
+def _split_id(text: str) -> tuple[str, str | None]:
+    """OWNER/NAME[@REVISION] in its parts."""
+    repo_id, _, revision = text.partition("@")
+    if Path(text).suffix.lower() in (".gguf", ".safetensors", ".json") or not _ID.fullmatch(repo_id):
+        raise ModelNotFoundError(f"{text}: no such file or folder; a model on the hub is named OWNER/NAME")
+    return repo_id, revision or None
 
 
 def _file(path: Path) -> Path:
@@ -139,29 +160,43 @@ def _obtain(found: hub.Repository, root: Path, type: str | None, report: Report)
                               + (f", so {type} cannot be had from it" if type and offered else ""))
         return _fetch_ready(found, ready, root, report)
 
-    small = [name for name in (*_SMALL, _INDEX) if name in files]
-    # By content, not by commit: one that only changes the README costs nothing.
-    key = _key(found, [*small, *(name for name in files if name.endswith(".safetensors"))])
-    folder = root / "downloads" / key
-    hub.fetch(found, small, folder, _silent)
+    small, key, folder = _look_in(found, root)
     kind = type or default_type(_parameters(folder))  # what cannot be run is refused before 15 GB have come
     if not type and (ready := _choose(files, kind, exact=True)):
         return _fetch_ready(found, ready, root, report)
     out = root / f"{found.id.split('/')[1]}-{_checked(kind)}-{key}.gguf"
     if out.is_file():
         return out
-    names = list(dict.fromkeys([*small, *_weights(folder, files)]))
-    absent = next((name for name in names if name not in files), None)
-    if absent:
-        raise FormatError(f"{found.id}: its index names {absent}, which the repository does not hold")
-    source = _from_hub_cache(found, names) or folder
-    to_come = hub.missing_bytes(found, names, folder) if source == folder else 0
-    require_space(root, to_come + _size(source, kind), f"{found.id} as {kind}")
-    if source == folder:
-        hub.fetch(found, names, folder, report)
-    _convert(source, out, kind, report, found.id.split('/')[1])
+    source = _fetch_weights(found, small, folder, _size(folder, kind), f"{found.id} as {kind}", report)
+    _convert(source, out, kind, report, found.id.split("/")[1])
     _after(folder, report)
     return out
+
+
+def _look_in(found: hub.Repository, root: Path) -> tuple[list[str], str, Path]:
+    """Fetch what is small: those names, the key of all that a conversion reads, and the folder for it.
+
+    The key is of the content, not of the commit: one that only changes the README costs nothing.
+    """
+    small = [name for name in (*_SMALL, _INDEX) if name in found.files]
+    key = _key(found, [*small, *(name for name in found.files if name.endswith(".safetensors"))])
+    folder = root / "downloads" / key
+    hub.fetch(found, small, folder, _silent)
+    return small, key, folder
+
+
+def _fetch_weights(found: hub.Repository, small: list[str], folder: Path, room: int, what: str, report: Report) -> Path:
+    """The folder that holds all of the model, once it does; `room` bytes besides are to fit on the disk."""
+    names = list(dict.fromkeys([*small, *_weights(folder, set(found.files))]))
+    absent = next((name for name in names if name not in found.files), None)
+    if absent:
+        raise FormatError(f"{found.id}: its index names {absent}, which the repository does not hold")
+    if source := _from_hub_cache(found, names):
+        require_space(folder, room, what)
+        return source
+    require_space(folder, hub.missing_bytes(found, names, folder) + room, what)
+    hub.fetch(found, names, folder, report)
+    return folder
 
 
 def _fetch_ready(found: hub.Repository, name: str, root: Path, report: Report) -> Path:

@@ -1,0 +1,60 @@
+"""`hybridlm train RECIPE key=value ...`: train a model; the same command again goes on where it was."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name, or a Python file that "
+                                                                         "defines recipe(); none lists them.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: data=PATH "
+                                                         "out=DIR steps=N lr=X seed=S model.hidden_size=N ...")] = None,
+) -> None:
+    """Train a model by a recipe.
+
+    hybridlm train tiny data=TEXT out=DIR steps=600 seed=1
+
+    DIR gets the tokenizer, token shards, checkpoints, metrics.jsonl and, at the end, DIR/hf, a model folder. A run that
+    was interrupted, even by kill -9, goes on from its newest good checkpoint when the same command runs again.
+    """
+    if recipe is None:
+        return show_recipes()
+    changes: dict[str, str] = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{setting!r} is not KEY=VALUE, for instance data=books/", param_hint="KEY=VALUE")
+        if key in changes:
+            raise typer.BadParameter(f"{key} is given twice", param_hint="KEY=VALUE")
+        changes[key] = value
+    import torch  # noqa: F401 - if it is missing, say so before anything else does
+
+    from hybridlm.train import run
+
+    run(recipe, changes)
+    return None
+
+
+def show_recipes() -> None:
+    """The recipes by name, and what can be set."""
+    from dataclasses import fields
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from hybridlm.cli._common import count
+    from hybridlm.train.recipe import Recipe
+    from hybridlm.train.recipes import RECIPES
+
+    table = Table("recipe", "parameters", "length", "tokens a step", box=None, header_style="bold")
+    for name, function in RECIPES.items():
+        r = function()
+        length = f"{r.seconds:g} s" if r.seconds else f"{r.steps:,} steps"
+        table.add_row(name, count(r.model.num_parameters()), length, f"{r.tokens_per_step:,}")
+    console = Console()
+    console.print(table)
+    names = [f.name for f in fields(Recipe) if f.name not in ("model", "name")]
+    console.print(f"\nSettings: {', '.join(names)}, model.FIELD", highlight=False, markup=False)
