@@ -234,6 +234,22 @@ def test_broken_files_are_named(tmp_path):
             Engine.open(good, **options)
 
 
+def test_odd_configurations_in_a_file(tmp_path):
+    wide = small_config(layer_types=(SLIDING, LINEAR), sliding_window=1 << 60)
+    engine, _ = pair(tmp_path, wide)
+    tensors = random_tensors(wide, np.random.default_rng(0))
+    truth = reference_engine(wide.with_(layer_types=(FULL, LINEAR), rope=None), tensors=tensors)
+    tokens = list(range(90))
+    assert error(engine.logits(tokens), truth.logits(tokens)) < 2e-5
+    session = engine.session()
+    session.prefill(tokens)
+    session.save(tmp_path / "state")
+    session.load(tmp_path / "state")
+    for rope in (Rope(1e4, Yarn(4, 0)), Rope(1e4, Yarn(4, 64, beta_fast=0))):
+        with pytest.raises(HybridLMError, match="rope"):
+            pair(tmp_path, small_config(rope=rope))
+
+
 def test_missing_kernels_are_one_sentence():
     code = """
 import sys

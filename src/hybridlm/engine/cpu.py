@@ -16,7 +16,7 @@ from hybridlm.engine.layout import KV_TYPES, PAGE, Layout
 from hybridlm.engine.state import State
 from hybridlm.engine.walk import Batch
 from hybridlm.engine.weights import DeltaNetLayer, Loader, Weights
-from hybridlm.errors import FormatError
+from hybridlm.errors import ConfigError, FormatError
 
 __all__ = ["CPU", "file_loader"]
 
@@ -31,7 +31,8 @@ class CPU:
         self.config, self.layout, self.exact = config, layout, exact
         self._kv_type = KV_TYPES[layout.kv_type].id
         self._buffers: dict[tuple[str, int, int], Array] = {}
-        self._inv_freq: dict[Rope, Array] = {}
+        ropes = {config.rope_of(i) for i, group in enumerate(layout.layers) if group >= 0}
+        self._inv_freq = {rope: _inv_freq(rope, config.head_dim) for rope in ropes if rope}
         self._second = False  # which of two buffers the last norm filled: q's and k's are alive together
 
     def state(self) -> State:
@@ -68,8 +69,6 @@ class CPU:
         return x
 
     def rope(self, x: Array, rope: Rope, batch: Batch) -> Array:
-        if rope not in self._inv_freq:
-            self._inv_freq[rope] = rope.inv_freq(self.config.head_dim)
         native.rope(x, batch.positions, self._inv_freq[rope], rope.scale)
         return x
 
@@ -105,7 +104,8 @@ class CPU:
             rows, table = slice(s.first, s.last), s.state.groups[group].table(slot)
             native.store_kv(k[rows], table, 0, PAGE, kind, s.position, heads, width)
             native.store_kv(v[rows], table, 1, PAGE, kind, s.position, heads, width)
-            native.attention(q[rows], table, PAGE, kind, s.position, heads, width, window or 0, out[rows])
+            native.attention(q[rows], table, PAGE, kind, s.position, heads, width,
+                             self.layout.windows[group], out[rows])
         return out
 
     def head(self, x: Array, weight: native.Matrix) -> Array:
@@ -119,6 +119,13 @@ class CPU:
         if buffer is None or len(buffer) < rows:
             buffer = self._buffers[key] = np.empty((rows, width), np.float32)
         return buffer[:rows]
+
+
+def _inv_freq(rope: Rope, head_dim: int) -> Array:
+    try:
+        return rope.inv_freq(head_dim)
+    except (ArithmeticError, ValueError) as error:
+        raise ConfigError(f"rope: has no frequencies ({error})") from None
 
 
 def file_loader(file: Any, name: str) -> Loader:

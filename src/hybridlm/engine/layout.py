@@ -13,6 +13,7 @@ from hybridlm.errors import HybridLMError
 __all__ = ["KV_TYPES", "PAGE", "KVType", "Layout", "product"]
 
 PAGE = 64  # tokens of a page
+_MOST = 1 << 24  # of any number in a layout; a wider window is as good as none
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class Layout:
         if config.has_attention and config.head_dim % KV_TYPES[kv_type].block:
             raise HybridLMError(f"kv_type: {kv_type} stores {KV_TYPES[kv_type].block} numbers together, which does not "
                                 f"divide this model's head width {config.head_dim}; use f16")
-        seen = [None if kind == LINEAR else config.window_of(i) or 0 for i, kind in enumerate(config.layer_types)]
+        seen = [None if kind == LINEAR else min(config.window_of(i) or 0, _MOST - 1)
+                for i, kind in enumerate(config.layer_types)]
         windows = tuple(dict.fromkeys(w for w in seen if w is not None))
         return cls(fingerprint, kv_type, tuple(-1 if w is None else windows.index(w) for w in seen), windows,
                    (config.conv_channels, config.linear_conv_kernel_dim - 1),
@@ -66,7 +68,7 @@ class Layout:
         numbers = [*layout.layers, *layout.windows, *layout.conv, *layout.recurrent, *layout.kv, layout.hidden]
         if not (isinstance(layout.fingerprint, str) and layout.kv_type in KV_TYPES
                 and all(len(values) == n for values, n in lengths) and len(layout.layers) <= 4096
-                and all(type(n) is int and -1 <= n < 1 << 24 for n in numbers)
+                and all(type(n) is int and -1 <= n < _MOST for n in numbers)
                 and min((*layout.windows, *layout.conv, *layout.recurrent, *layout.kv, layout.hidden)) >= 0
                 and set(layout.layers) - {-1} == set(range(len(layout.windows)))
                 and layout.kv[1] % KV_TYPES[layout.kv_type].block == 0):
