@@ -58,7 +58,10 @@ def hybrid_config(seed, narrow=False):
 
 
 def olmo3_config(seed):
-    """Sliding and full attention, as transformers' Olmo3 can express it."""
+    """Sliding and full attention, as transformers' Olmo3 can express it.
+
+    Windows from 2 up: with a window of 1 transformers' cache keeps all keys instead of none (it slices from -0).
+    """
     rng = random.Random(seed)
     heads, head_dim = heads_of(rng)
     layers = rng.randint(1, 5)
@@ -69,7 +72,7 @@ def olmo3_config(seed):
         intermediate_size=rng.randint(5, 90), layer_types=tuple(rng.choice([SLIDING, FULL]) for _ in range(layers)),
         num_attention_heads=heads,
         num_key_value_heads=rng.choice([h for h in range(1, heads + 1) if heads % h == 0]),
-        rope=Rope(theta, yarn.yarn if yarn else None), sliding_rope=Rope(theta), sliding_window=rng.randint(1, 60),
+        rope=Rope(theta, yarn.yarn if yarn else None), sliding_rope=Rope(theta), sliding_window=rng.randint(2, 60),
         rms_norm_eps=rng.choice([1e-6, 1e-5]), tie_word_embeddings=rng.random() < 0.4,
         max_position_embeddings=4096, pad_token_id=0, eos_token_id=1)
 

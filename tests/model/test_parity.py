@@ -75,7 +75,8 @@ def check(config, seed, folder):
         done += part.shape[1]
     assert cache.position == done
 
-    generated = theirs.generate(prompt[:1], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    generated = theirs.generate(prompt[:1], attention_mask=torch.ones_like(prompt[:1]), max_new_tokens=20,
+                                do_sample=False, eos_token_id=None)
     assert torch.equal(generated, greedy(model, prompt[:1], 20)), f"seed {seed}: greedy decoding differs"
 
 
