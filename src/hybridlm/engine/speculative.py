@@ -63,9 +63,9 @@ class Pace:
 
     START, WEIGHT, DRIFT = 0.7, 0.08, 0.004
 
-    def __init__(self, row_cost: float = 0.06, start_cost: float = 0.1, undo_cost: float = 0.1) -> None:
+    def __init__(self, row_cost: float = 0.13, start_cost: float = 0.03, undo_cost: float = 0.02) -> None:
         """What a pass costs beyond a plain one, as shares of it: for each guess, for being a trial, and for taking
-        guesses back."""
+        guesses back. (As measured on two cores with models of 190M to 1B in 4 bits.)"""
         self.row_cost, self.start_cost, self.undo_cost = row_cost, start_cost, undo_cost
         self.rate = self.START  # of guesses that were right, lately
 
