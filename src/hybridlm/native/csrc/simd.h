@@ -1,47 +1,29 @@
 // A vector of floats, as wide as the instruction set that this translation unit is compiled for.
 //
 // Kernels are written once over `V` (L floats) and compiled once per instruction set: scalar, AVX2 + FMA + F16C,
-// AVX-512, NEON. Everything has internal linkage, so that no function compiled for one set is ever linked into the
-// code of another; for the same reason kernels use no templates of the standard library.
+// AVX-512, NEON. Included by mixers.inl inside the instruction set's namespace, hence without headers of its own, and
+// without templates of the standard library (isa.inl says why).
 //
 // exp is within 1.5 ulp over the whole range (0 below -104, inf above 88.73, NaN stays NaN); sigmoid and silu follow
 // from it by one division.
 
-#pragma once
-
-#include <stdint.h>
-#include <string.h>
-
-#if defined(HYBRIDLM_SCALAR)
-#define HYBRIDLM_SIMD_SCALAR 1
-#elif defined(__AVX512F__)
-#define HYBRIDLM_SIMD_AVX512 1
-#include <immintrin.h>
-#elif defined(__AVX2__)
-#define HYBRIDLM_SIMD_AVX2 1
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#define HYBRIDLM_SIMD_NEON 1
-#include <arm_neon.h>
-#else
-#define HYBRIDLM_SIMD_SCALAR 1
-#endif
-
-#include <math.h>
-#if defined(__x86_64__) || defined(_M_X64)
-#include <xmmintrin.h>
+#if defined(HYBRIDLM_AVX512)
+#define HLM_AVX512 1
+#elif defined(HYBRIDLM_AVX2)
+#define HLM_AVX2 1
+#elif defined(HYBRIDLM_NEON)
+#define HLM_NEON 1
 #endif
 
 #if defined(_MSC_VER)
 #define HLM_INLINE static __forceinline
 #define HLM_RESTRICT __restrict
+#define HLM_UNROLL
 #else
 #define HLM_INLINE static inline __attribute__((always_inline))
 #define HLM_RESTRICT __restrict__
+#define HLM_UNROLL _Pragma("GCC unroll 32")
 #endif
-
-namespace {
-namespace simd {
 
 // ---- scalar helpers ------------------------------------------------------------------------------------------------
 
@@ -51,7 +33,7 @@ HLM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 HLM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 HLM_INLINE float fma1(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || (defined(_MSC_VER) && !defined(HYBRIDLM_SIMD_SCALAR))
+#if defined(HLM_AVX512) || defined(HLM_AVX2) || defined(HLM_NEON)
     return fmaf(a, b, c);
 #else
     return a * b + c;
@@ -89,6 +71,15 @@ HLM_INLINE uint16_t float_to_half(float f) {  // to nearest, ties to even
         return uint16_t(sign | (r - 0x3f000000));
     }
     return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+
+// The same by the processor where it can.
+HLM_INLINE float half1(uint16_t h) {
+#if defined(HLM_AVX512) || defined(HLM_AVX2)
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+#else
+    return half_to_float(h);
+#endif
 }
 
 HLM_INLINE void prefetch(const void* p) {
@@ -129,10 +120,10 @@ struct FlushSubnormals {
 
 // ---- the vector ----------------------------------------------------------------------------------------------------
 
-#if defined(HYBRIDLM_SIMD_AVX512)
+#if defined(HLM_AVX512)
 
 typedef __m512 V;
-enum { L = 16, REGISTERS = 32 };
+static constexpr int L = 16, REGISTERS = 32;
 
 HLM_INLINE V zero() { return _mm512_setzero_ps(); }
 HLM_INLINE V set1(float x) { return _mm512_set1_ps(x); }
@@ -166,25 +157,25 @@ HLM_INLINE void store_int8(int8_t* p, V x) {  // of whole numbers in -128 .. 127
 // Lane i of the result is the sum over the lanes of v[i].
 HLM_INLINE V sums(const V v[L]) {
     __m512 a[8], b[4], c[2];
-#pragma GCC unroll 8
+    HLM_UNROLL
     for (int i = 0; i < 8; i++)
         a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-#pragma GCC unroll 4
+    HLM_UNROLL
     for (int i = 0; i < 4; i++) {
         const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
         b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
-#pragma GCC unroll 2
+    HLM_UNROLL
     for (int i = 0; i < 2; i++)
         c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
                              _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
     return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
 }
 
-#elif defined(HYBRIDLM_SIMD_AVX2)
+#elif defined(HLM_AVX2)
 
 typedef __m256 V;
-enum { L = 8, REGISTERS = 16 };
+static constexpr int L = 8, REGISTERS = 16;
 
 HLM_INLINE V zero() { return _mm256_setzero_ps(); }
 HLM_INLINE V set1(float x) { return _mm256_set1_ps(x); }
@@ -238,10 +229,10 @@ HLM_INLINE V sums(const V v[L]) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-#elif defined(HYBRIDLM_SIMD_NEON)
+#elif defined(HLM_NEON)
 
 typedef float32x4_t V;
-enum { L = 4, REGISTERS = 32 };
+static constexpr int L = 4, REGISTERS = 32;
 
 HLM_INLINE V zero() { return vdupq_n_f32(0); }
 HLM_INLINE V set1(float x) { return vdupq_n_f32(x); }
@@ -292,7 +283,7 @@ HLM_INLINE V sums(const V v[L]) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpad
 #else
 
 typedef float V;
-enum { L = 1, REGISTERS = 16 };
+static constexpr int L = 1, REGISTERS = 16;
 
 HLM_INLINE V zero() { return 0; }
 HLM_INLINE V set1(float x) { return x; }
@@ -356,14 +347,3 @@ HLM_INLINE float dot(const float* a, const float* b, int64_t n) {
     if (i < n) s1 = fma(load_part(a + i, int(n - i)), load_part(b + i, int(n - i)), s1);
     return hsum(add(add(s0, s1), add(s2, s3)));
 }
-
-// y[i] = f(i, partial): calls `whole(i)` for full vectors and `part(i, count)` for what remains.
-template <class Whole, class Part>
-HLM_INLINE void each(int64_t n, Whole whole, Part part) {
-    int64_t i = 0;
-    for (; i + L <= n; i += L) whole(i);
-    if (i < n) part(i, int(n - i));
-}
-
-}  // namespace simd
-}  // namespace
