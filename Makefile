@@ -21,17 +21,17 @@ $(VENV)/.base: pyproject.toml constraints.txt $(NATIVE) | compiler $(BIN)/python
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
+# The package is in place by now: naming it again only adds what an extra needs, and compiles nothing.
 $(VENV)/.train: $(VENV)/.base
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "torch==2.13.0"
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[train]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "hybridlm[train]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "hybridlm[dev]"
 	@touch $@
 
 run: $(VENV)/.base  ## stream text from the model in models/ (installs the base package, no torch)
-	$(BIN)/hybridlm generate models/hybridlm-tiny-q8_0.gguf "The history of the steam engine begins" --max-tokens 120 --stats
+	$(BIN)/hybridlm generate models/hybridlm-tiny-q8_0.gguf "The history of the steam engine begins" --echo --max-tokens 120 --stats
 
 quickstart: $(VENV)/.train  ## corpus -> tokenizer -> training -> evaluation -> quantised file -> text, in minutes
 	$(BIN)/hybridlm quickstart --out runs/quickstart
