@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hybridlm.errors import DataError
 
-__all__ = ["flush_folder", "write_file"]
+__all__ = ["flush_files", "flush_folder", "write_file"]
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -30,6 +30,14 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
             aside.unlink()
         raise DataError(f"{path}: cannot be written ({error.strerror}); what was saved before is untouched, "
                         "make room and run the same command again") from None
+
+
+def flush_files(folder: Path) -> None:
+    """Make the files of a folder, and their names, last; before the folder is renamed to what counts."""
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    flush_folder(folder)
 
 
 def flush_folder(folder: Path) -> None:

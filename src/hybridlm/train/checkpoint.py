@@ -12,7 +12,6 @@ Loading goes from the newest to the oldest, checks every byte, and takes the fir
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hybridlm.data.atomic import flush_folder
+from hybridlm.data.atomic import flush_files, flush_folder, write_file
 from hybridlm.data.tokens import sha256_of
 from hybridlm.errors import DataError
 
@@ -46,17 +45,16 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: dict[st
         save_file({n: t.detach().cpu().contiguous() for n, t in weights.items()}, aside / "weights.safetensors")
         torch.save(optimizer, aside / "optimizer.pt")
         (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        files = {}
-        for file in sorted(aside.iterdir()):
-            _flush(file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        (aside / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-        _flush(aside / MANIFEST)
-        flush_folder(aside)
+        flush_files(aside)
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(aside.iterdir())}
+        write_file(aside / MANIFEST, json.dumps(files, indent=1).encode())
         if final.exists():  # a damaged one of the same step
             shutil.rmtree(final)
         aside.rename(final)
         flush_folder(folder)
+    except DataError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).split("\n")[0]
@@ -107,7 +105,3 @@ def _fault(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({error})"
 
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())

@@ -29,7 +29,7 @@ import torch
 
 import hybridlm
 from hybridlm.data import Source, TokenFolder, TokenStream, tokenize
-from hybridlm.data.atomic import flush_folder, write_file
+from hybridlm.data.atomic import flush_files, flush_folder, write_file
 from hybridlm.data.shards import held_out
 from hybridlm.data.tokens import MANIFEST
 from hybridlm.errors import ConfigError, DataError
@@ -114,7 +114,9 @@ def _tokenizer(recipe: Recipe, source: Source, fraction: float, folder: Path) ->
         given = train_bpe(_sample(source, fraction), recipe.vocab)
     aside = folder.with_name(f".{folder.name}.tmp")
     given.save(aside)
+    flush_files(aside)
     aside.rename(folder)
+    flush_folder(folder.parent)
     return given
 
 
@@ -165,6 +167,7 @@ def _export(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
     try:
         trainer.model.save_pretrained(aside, dtype=getattr(torch, trainer.recipe.export_dtype))
         tokenizer.save(aside)
+        flush_files(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         flush_folder(out)
