@@ -376,7 +376,8 @@ template <int type> HYBRIDLM_INLINE F float_columns(const uint8_t* p, int64_t i)
 // height rows of weights times width rows of x. Each result is summed alike whatever the two are: columns i, i + lanes,
 // .. in lane i, what is left over padded with zeros, then the lanes.
 template <int type, int height, int width>
-void float_tile(const uint8_t* w, int64_t row_bytes, int64_t cols, const float* x, float* out, int64_t stride) {
+void float_tile(const uint8_t* w, int64_t row_bytes, int64_t cols, const float* x, float* out, int64_t stride, int64_t ahead) {
+    constexpr size_t size = type == F32 ? 4 : 2;
     F sum[height][width];
     for (int r = 0; r < height; ++r)
         for (int t = 0; t < width; ++t) sum[r][t] = zero_f();
@@ -385,13 +386,13 @@ void float_tile(const uint8_t* w, int64_t row_bytes, int64_t cols, const float* 
         F v[width];
         for (int t = 0; t < width; ++t) v[t] = columns(x + t * cols + i);
         for (int r = 0; r < height; ++r) {
+            fetch(w + r * row_bytes + i * size + ahead);  // the rows that come next
             F u = float_columns<type>(w + r * row_bytes, i);
             for (int t = 0; t < width; ++t) sum[r][t] = fused(u, v[t], sum[r][t]);
         }
     }
     if (whole < cols) {
         const size_t left = static_cast<size_t>(cols - whole);
-        constexpr size_t size = type == F32 ? 4 : 2;
         F v[width];
         for (int t = 0; t < width; ++t) {
             float part[lanes] = {};
@@ -411,22 +412,24 @@ void float_tile(const uint8_t* w, int64_t row_bytes, int64_t cols, const float* 
 
 template <int type, int height>
 HYBRIDLM_INLINE void float_rows_of(const uint8_t* w, int64_t row_bytes, int64_t cols, const float* x, int64_t count, float* out,
-                                   int64_t stride) {
+                                   int64_t stride, int64_t ahead) {
     int64_t t = 0;
-    for (; t + 4 <= count; t += 4) float_tile<type, height, 4>(w, row_bytes, cols, x + t * cols, out + t * stride, stride);
+    for (; t + 4 <= count; t += 4)
+        float_tile<type, height, 4>(w, row_bytes, cols, x + t * cols, out + t * stride, stride, t ? 0 : ahead);
     if (count - t >= 2) {
-        float_tile<type, height, 2>(w, row_bytes, cols, x + t * cols, out + t * stride, stride);
+        float_tile<type, height, 2>(w, row_bytes, cols, x + t * cols, out + t * stride, stride, t ? 0 : ahead);
         t += 2;
     }
-    if (t < count) float_tile<type, height, 1>(w, row_bytes, cols, x + t * cols, out + t * stride, stride);
+    if (t < count) float_tile<type, height, 1>(w, row_bytes, cols, x + t * cols, out + t * stride, stride, t ? 0 : ahead);
 }
 
 template <int type>
 void float_direct(const uint8_t* data, int64_t row_bytes, int64_t cols, int64_t first, int64_t last, const float* x,
                   int64_t count, float* out, int64_t stride) {
     int64_t r = first;
-    for (; r + 4 <= last; r += 4) float_rows_of<type, 4>(data + r * row_bytes, row_bytes, cols, x, count, out + r, stride);
-    for (; r < last; ++r) float_rows_of<type, 1>(data + r * row_bytes, row_bytes, cols, x, count, out + r, stride);
+    for (; r + 4 <= last; r += 4)
+        float_rows_of<type, 4>(data + r * row_bytes, row_bytes, cols, x, count, out + r, stride, r + 8 <= last ? 4 * row_bytes : 0);
+    for (; r < last; ++r) float_rows_of<type, 1>(data + r * row_bytes, row_bytes, cols, x, count, out + r, stride, 0);
 }
 
 void floats(int type, const uint8_t* data, int64_t cols, int64_t first, int64_t last, const float* x, int64_t count,
