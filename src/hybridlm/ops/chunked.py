@@ -35,7 +35,7 @@ __all__ = ["chunk_gated_delta_rule"]
 def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *,
                            initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
                            documents: Tensor | None = None, qk_l2norm: bool = True,
-                           chunk_size: int = 64) -> tuple[Tensor, Tensor]:
+                           chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
     """The gated delta rule over T tokens, differentiable (once).
 
     q, k [B, T, Hk, K]; v [B, T, Hv, V]; g (log decay, <= 0) and beta [B, T, Hv], which should be float32 even where
@@ -53,7 +53,9 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     narrow = torch.float64 if q.dtype == torch.float64 else torch.float32
     solve = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
 
-    size = min(chunk_size, max(16, 1 << (time - 1).bit_length())) if time else 1
+    if chunk_size is None:  # the solve's share grows with the chunk; a GPU prefers fewer, larger products all the same
+        chunk_size = 32 if solve == torch.float64 else 64
+    size = min(chunk_size, max(16, 1 << (time - 1).bit_length()))
     pad = -time % size
     if pad:  # padding writes nothing and decays nothing
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
@@ -107,7 +109,7 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None,
-            cu_seqlens: Tensor, qk_l2norm: bool, chunk_size: int) -> tuple[Tensor, Tensor]:
+            cu_seqlens: Tensor, qk_l2norm: bool, chunk_size: int | None) -> tuple[Tensor, Tensor]:
     """Documents of one row, each into a row of its own, padded to the longest with tokens that do nothing."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     longest = max(lengths)
