@@ -64,8 +64,8 @@ def gdn(
     chunked: bool = True,  # False: token by token, the reference for the chunked form
     history: F32 | None = None,  # [T, Hv, K, V]: the state after each token too (forces the recurrent form)
 ) -> None:
-    """One sequence through a Gated DeltaNet mixer between its projections: causal depthwise convolution and SiLU, l2norm
-    of q and k (1e-6 on the sum), q *= K^-0.5, decay exp(ssm_a * softplus(a + dt_bias)), beta = sigmoid(b) (times 2 with
+    """One sequence through a Gated DeltaNet mixer between its projections: causal depthwise convolution and SiLU,
+    l2norm of q and k (1e-6 on the sum), q *= K^-0.5, decay exp(ssm_a * softplus(a + dt_bias)), beta = sigmoid(b) (times 2 with
     allow_neg_eigval), the delta rule, then per head RMSNorm(eps) * norm * SiLU(gate). Float32 throughout."""
 
 def attention(

@@ -326,9 +326,10 @@ inline void encode_with_minimum(const float* from, const float* importance, int 
             float a = (m.w[b] * l.xq[b] - m.x[b] * l.q[b]) / det, c = (l.qq[b] * m.x[b] - l.q[b] * l.xq[b]) / det;
             bool two = det > 0 && c <= 0;
             a = two ? a : l.qq[b] > 0 ? l.xq[b] / l.qq[b] : 0.0f;
-            c = two ? c : 0.0f;
+            float flat = m.x[b] < 0 ? m.x[b] / m.w[b] : 0.0f;  // all rounded to 0: the offset alone
+            c = two ? c : l.qq[b] > 0 ? 0.0f : flat;
             float error = line_error(m, l, b, a, c);
-            bool better = error < best_error[b] && a > 0;
+            bool better = error < best_error[b] && a >= 0;
             best_error[b] = better ? error : best_error[b];
             best_scale[b] = better ? a : best_scale[b];
             best_offset[b] = better ? c : best_offset[b];
