@@ -8,7 +8,7 @@
 
 Training fast on a GPU: float32 weights, bfloat16 activations, each kind of block compiled once.
 
-    torch.set_float32_matmul_precision("high")              # tf32 inside the delta rule
+    torch.set_float32_matmul_precision("high")              # tf32 inside the delta rule: see hybridlm.ops.chunked
     model = HybridLM(config).cuda()
     model.compute_dtype = torch.bfloat16
     model.compile_blocks()
@@ -112,7 +112,10 @@ class HybridLM(nn.Module):
             x = x.to(self.compute_dtype)
         tables = self._rope_tables(input_ids, 0 if cache is None else cache.position, documents, x.dtype)
         for i, block in enumerate(self.model.layers):
-            x = block(x, None if cache is None else cache.layers[i], documents, tables[i])
+            if cache is None:
+                x = block(x, None, documents, tables[i])
+            else:  # lengths change from call to call: never the compiled form
+                x = block.forward(x, cache.layers[i], None, tables[i])
         if cache is not None:
             cache.position += input_ids.shape[1]
         y: Tensor = self.model.norm(x)
@@ -140,8 +143,11 @@ class HybridLM(nn.Module):
         return Cache(self.config)
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile each block by itself, for training at fixed shapes: one compilation per kind of block, in
-        seconds, where compiling the whole model would take minutes and gain little."""
+        """torch.compile each block by itself, for training: one compilation per kind of block, whatever the depth.
+
+        For fixed shapes: each new [B, T] compiles again, and the ninth is an error of PyTorch's, so validate in
+        batches of the training shape. Calls with a cache run uncompiled.
+        """
         for block in self.model.layers:
             block.compile(**{"fullgraph": True, "dynamic": False, **options})
 
