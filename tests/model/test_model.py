@@ -113,6 +113,13 @@ def test_packed_documents_are_alone(seed):
 
 
 @torch.no_grad()
+def test_packed_documents_with_initial_weights():
+    model, ids = HybridLM(MIXED), tokens(MIXED, 9, 1, 200)
+    alone = torch.cat([model(part) for part in ids.split([77, 123], 1)], 1)
+    assert float((model(ids, cu_seqlens=torch.tensor([0, 77, 200])) - alone).abs().max()) < 1e-5
+
+
+@torch.no_grad()
 def test_rows_of_a_batch_may_be_divided_differently():
     model, ids = random_model(MIXED, 3), tokens(MIXED, 3, 2, 80)
     documents = torch.tensor([[0] * 30 + [1] * 50, [7] * 79 + [3]])
