@@ -38,9 +38,9 @@ def test_store(isa: str, kv_type: int, d: int, rng: np.random.Generator) -> None
     elif kv_type == F16:
         assert np.array_equal(got, x.reshape(tokens, heads, d).astype(np.float16).astype(np.float64))
     else:
-        for i in range(0, d, 32):  # half a step, and what the scale loses in half precision at the largest value
+        for i in range(0, d, 32):  # half a step, and 127 times what the scale loses in half precision
             wide = np.abs(want[..., i:i + 32]).max(-1, keepdims=True)
-            assert (np.abs(got - want)[..., i:i + 32] <= wide * (0.5 / 127 + 2.0**-10) + 1e-7).all()
+            assert (np.abs(got - want)[..., i:i + 32] <= wide * (0.5 / 127 + 2.0**-10) + 127 * 2.0**-25).all()
     assert all((m == 0xFF).all() for m in store.memory[0::2])
     raw = np.concatenate([m.reshape(heads, block, -1) for m in store.memory[1::2]], axis=1)
     assert (raw[:, tokens:] == 0xFF).all()
@@ -97,10 +97,10 @@ def test_long_context_is_cut_into_spans(isa: str, kv_type: int, T: int, heads: i
 @ISAS
 @pytest.mark.parametrize("T", [1, 3, 30])
 def test_sharp_and_growing_scores(isa: str, T: int, rng: np.random.Generator) -> None:
-    """Scores in the hundreds, the largest last: weights underflow, and the running maximum moves all the time."""
+    """Scores of hundreds, the largest last: weights underflow, and the running maximum moves all the time."""
     start, d = 200, 64
     store = Store(start + T, 32, F32, 1, d)
-    k = np.sort(60 * np.abs(rng.standard_normal((start + T, 1))), axis=0) * np.ones((1, d))
+    k = np.sort(20 * np.abs(rng.standard_normal((start + T, 1))), axis=0) * np.ones((1, d))
     v = rng.standard_normal((start + T, d))
     q = np.abs(rng.standard_normal((T, d))).astype(np.float32)
     with using(isa):

@@ -21,14 +21,14 @@ SHAPES = [  # T, Hk, group, K, V, W
 @pytest.mark.parametrize("chunked", [True, False])
 def test_equals_the_recurrence(isa: str, shape: tuple[int, ...], chunked: bool, rng: np.random.Generator) -> None:
     mixer = Mixer.random(rng, *shape, negative=bool(rng.integers(2)))
-    narrow = shape[4] < 8  # where the norm magnifies whatever is left of a small o
-    for m, bound in ((mixer, 2e-4 if narrow else 2e-5), (mixer.plain(), 4e-6)):
+    narrow = min(shape[3:5]) < 8  # where the norm magnifies what is left of a small o, and errors have no company
+    for m, bound in ((mixer, 2e-4 if narrow else 2e-5), (mixer.plain(), 3e-5 if narrow else 4e-6)):
         out, conv_state, state, _ = m.reference()
         moved = m.fresh()
         with using(isa):
             got = moved.run(chunked)
         assert error(got, out) < bound
-        assert error(moved.state, state) < 3e-6
+        assert error(moved.state, state) < (3e-5 if narrow else 3e-6)
         assert np.array_equal(moved.conv_state, conv_state.astype(np.float32))
 
 
@@ -147,8 +147,9 @@ def test_random_shapes(rng: np.random.Generator) -> None:
             moved = m.fresh()
             with using(isa):
                 got = moved.run()
-            assert error(got, out) < (2e-4 if shape[4] < 8 else 2e-5), (isa, shape)
-            assert error(moved.state, state) < 3e-6, (isa, shape)
+            narrow = min(shape[3:5]) < 8
+            assert error(got, out) < (2e-4 if narrow else 2e-5), (isa, shape)
+            assert error(moved.state, state) < (3e-5 if narrow else 3e-6), (isa, shape)
             assert np.array_equal(moved.conv_state, conv_state.astype(np.float32)), (isa, shape)
 
 

@@ -240,6 +240,15 @@ void attention(In2 q, Table table, int64_t block, int kv_type, int64_t start, in
     }
 }
 
+void negate(Array<float, 1> x) {
+    const MixerKernels& k = kernels().mixers;
+    const int64_t n = int64_t(x.shape(0)), part = 16384;
+    nb::gil_scoped_release release;
+    parallel_for((n + part - 1) / part, [&](int64_t i, int) {
+        k.negate(x.data() + i * part, std::min(part, n - i * part));
+    });
+}
+
 void activations(In1 x, Array<float, 2> out) {
     const int64_t n = int64_t(x.shape(0));
     require_shape("out", out, 3, n);
@@ -263,5 +272,6 @@ void bind_mixers(nb::module_& m) {
           arg("start"), arg("kv_heads"), arg("head_dim"), arg("window"), arg("out").noconvert());
     m.def("store_kv", store_kv, arg("x").noconvert(), arg("table").noconvert(), arg("which"), arg("block"),
           arg("kv_type"), arg("start"), arg("kv_heads"), arg("head_dim"));
+    m.def("_negate", negate, arg("x").noconvert());
     m.def("_activations", activations, arg("x").noconvert(), arg("out").noconvert());
 }

@@ -125,6 +125,32 @@ static double l2norm(float* x, int64_t n, int64_t padded, double scale) {
     return got > 0 ? square / (square + 1e-6) * scale * scale / got : 1;
 }
 
+// Memory that is needed soon, fetched a few lines at a time while something else is computed.
+struct Fetch {
+    const char *at[8], *end[8];
+    int count = 0, now = 0;
+    int64_t lines = 0;
+
+    void add(const float* p, int64_t n) {
+        at[count] = reinterpret_cast<const char*>(p);
+        end[count] = at[count] + n * 4;
+        lines += (n * 4 + 63) / 64;
+        count++;
+    }
+
+    void step(int64_t n) {
+        for (; n > 0 && now < count; n--) {
+            prefetch2(at[now]);
+            at[now] += 64;
+            if (at[now] >= end[now]) now++;
+        }
+    }
+};
+
+HLM_INLINE void fetch_row(const float* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) prefetch2(p + i);
+}
+
 struct Gates {
     double alpha[CHUNK];
     float fade[CHUNK];          // alpha - 1
@@ -220,17 +246,14 @@ static void probe(const float* S, int64_t stride, int64_t K, int64_t n, const fl
     }
 }
 
-// S <- S + fade S + k d^T. Meanwhile `ahead_bytes` of each of K rows `ahead_stride` floats apart are fetched from
-// `ahead`, if that is not null: what is probed next.
-static void update(float* S, int64_t stride, int64_t K, int64_t n, float fade, const float* k, const float* d,
-                   const float* ahead, int64_t ahead_stride, int64_t ahead_bytes) {
+// S <- S + fade S + k d^T; `between(i)` is called before row i, to fetch what comes next.
+template <class Between>
+HLM_INLINE void update(float* S, int64_t stride, int64_t K, int64_t n, float fade, const float* k, const float* d,
+                       Between between) {
     const V f = set1(fade);
     for (int64_t i = 0; i < K; i++) {
         float* row = S + i * stride;
-        if (ahead) {
-            const char* next = reinterpret_cast<const char*>(ahead + i * ahead_stride);
-            for (int64_t b = 0; b < ahead_bytes; b += 64) prefetch2(next + b);
-        }
+        between(i);
         const V x = set1(k[i]);
         int64_t j = 0;
         for (; j + L <= n; j += L) {
@@ -296,7 +319,7 @@ static size_t gdn_scratch(const GdnCall& c) { return gdn_room(c, nullptr).floats
 
 // `n` <= CHUNK tokens of a value head through the recurrence; keys and queries in kq, values in v; o left in p.
 static void recurrent_piece(const GdnCall& c, const GdnRoom& r, int64_t head, int64_t first, int64_t n, const Gates& g,
-                            const float* ahead) {
+                            const float* ahead, Fetch& fetch) {
     float* S = c.state + head * c.K * c.V;
     float m[COLUMNS + 16], o[COLUMNS + 16], qk[CHUNK];
     for (int64_t t = 0; t < n; t++) qk[t] = dot(r.kq + t * r.Kp, r.kq + (CHUNK + t) * r.Kp, c.K);
@@ -317,10 +340,15 @@ static void recurrent_piece(const GdnCall& c, const GdnRoom& r, int64_t head, in
                 store(oo + j, fma(same, d, fma(fade, y, y)));
             }
             if (oo != out) memcpy(out, oo, size_t(columns) * 4);
-            const float* next = t + 1 < n ? nullptr : j0 + columns < c.V ? S + j0 + columns : ahead;
-            // Whole rows: a third of the next head, which starts the hardware's fetching. Else the next columns.
-            if (block == c.V) update(S, c.V, c.K, columns, g.fade[t], k, mm, next, c.V / 3, c.V / 3 * 4);
-            else update(S + j0, c.V, c.K, columns, g.fade[t], k, mm, next, c.V, COLUMNS * 4);
+            if (block == c.V) {
+                const int64_t lines = t + 1 == n ? (fetch.lines + c.K - 1) / c.K : 0;
+                update(S, c.V, c.K, columns, g.fade[t], k, mm, [&](int64_t) { fetch.step(lines); });
+            } else {
+                const float* next = t + 1 < n ? nullptr : j0 + columns < c.V ? S + j0 + columns : ahead;
+                update(S + j0, c.V, c.K, columns, g.fade[t], k, mm, [&](int64_t i) {
+                    if (next) fetch_row(next + i * c.V, COLUMNS);
+                });
+            }
             if (c.history)
                 copy_columns(S + j0, c.history + ((first + t) * c.Hv + head) * c.K * c.V + j0, c.V, c.K, columns);
         }
@@ -407,6 +435,20 @@ static void move_rows(const float* from, int64_t from_stride, float* to, int64_t
     }
 }
 
+// The convolutions of the next value head of a decode step: too short for the hardware's fetching to catch up with. The
+// state itself it follows better alone.
+static void fetch_head(const GdnCall& c, int64_t head, bool keys, Fetch& fetch) {
+    const int64_t group = c.Hv / c.Hk, K = c.K, width = c.Hk * K, keep = c.W - 1, kh = head / group;
+    if (keys) {
+        fetch.add(c.conv_q + kh * K * c.W, K * c.W);
+        fetch.add(c.conv_k + kh * K * c.W, K * c.W);
+        fetch.add(c.conv_state + kh * K * keep, K * keep);
+        fetch.add(c.conv_state + (width + kh * K) * keep, K * keep);
+    }
+    fetch.add(c.conv_v + head * c.V * c.W, c.V * c.W);
+    fetch.add(c.conv_state + (2 * width + head * c.V) * keep, c.V * keep);
+}
+
 // A single token of a key head and its value heads.
 static void gdn_step(const GdnCall& c, const GdnRoom& r, int64_t kh, bool last) {
     const int64_t K = c.K, width = c.Hk * K, keep = c.W - 1;
@@ -420,8 +462,9 @@ static void gdn_step(const GdnCall& c, const GdnRoom& r, int64_t kh, bool last) 
         conv_step(c.v + at, c.conv_v + at * c.W, c.V, r.Vp, c.W, c.conv_state + (2 * width + at) * keep, r.v);
         Gates g;
         gates(c, head, 0, 1, &square, g);
-        const bool more = !last || j + 1 < r.group;
-        recurrent_piece(c, r, head, 0, 1, g, more ? c.state + (head + 1) * K * c.V : nullptr);
+        Fetch fetch;
+        if (!last || j + 1 < r.group) fetch_head(c, head + 1, j + 1 == r.group, fetch);
+        recurrent_piece(c, r, head, 0, 1, g, nullptr, fetch);
         gated_norm(c, r.p, head, 0);
     }
 }
@@ -449,6 +492,9 @@ static void gdn_pieces(const GdnCall& c, const GdnRoom& r, int64_t kh, bool last
         const int64_t n = least(int64_t(CHUNK), c.T - first);
         for (int64_t t = 0; t < n; t++) {
             float *k = r.kq + t * r.Kp, *q = r.kq + (CHUNK + t) * r.Kp;
+            // The same token of the next chunk: rows lie too far apart for the hardware to fetch them.
+            fetch_row(ck.x + (first + t + CHUNK) * width, K);
+            fetch_row(cq.x + (first + t + CHUNK) * width, K);
             conv_row(ck, first + t, k);
             conv_row(cq, first + t, q);
             square[t] = l2norm(k, K, r.Kp, 1);
@@ -458,7 +504,11 @@ static void gdn_pieces(const GdnCall& c, const GdnRoom& r, int64_t kh, bool last
         for (int64_t j = 0; j < r.group; j++) {
             const int64_t head = kh * r.group + j;
             const Conv cv = {c.v + head * Vw, values, Vw, r.Vp, W, r.taps_v + j * W * r.Vp, r.before_v + j * W * r.Vp};
-            for (int64_t t = 0; t < n; t++) conv_row(cv, first + t, r.v + t * r.Vp);
+            for (int64_t t = 0; t < n; t++) {
+                fetch_row(cv.x + (first + t + CHUNK) * values, Vw);
+                fetch_row(c.gate + (first + t) * values + head * Vw, Vw);
+                conv_row(cv, first + t, r.v + t * r.Vp);
+            }
             Gates g;
             gates(c, head, first, n, square, g);
             if (chunked) {
@@ -466,7 +516,9 @@ static void gdn_pieces(const GdnCall& c, const GdnRoom& r, int64_t kh, bool last
                 chunked_piece(c, r, S, n, g, kk, qk);
                 for (int64_t t = 0; t < n; t++) gated_norm(c, r.p + (CHUNK + t) * r.Vp, head, first + t);
             } else {
-                recurrent_piece(c, r, head, first, n, g, j + 1 < r.group || !last ? c.state + (head + 1) * K * Vw : nullptr);
+                const bool more = c.T <= CHUNK && (j + 1 < r.group || !last);
+                Fetch none;
+                recurrent_piece(c, r, head, first, n, g, more ? c.state + (head + 1) * K * Vw : nullptr, none);
                 for (int64_t t = 0; t < n; t++) gated_norm(c, r.p + t * r.Vp, head, first + t);
             }
         }

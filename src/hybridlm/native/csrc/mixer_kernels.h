@@ -52,6 +52,7 @@ struct MixerKernels {
     void (*attention)(const AttentionCall&, int64_t kv_head, int64_t tile, int64_t span, void* scratch);
     void (*attention_merge)(const AttentionCall&, int64_t first_row, int64_t last_row);  // rows of [T H]
     void (*store_kv)(const StoreCall&, int64_t first, int64_t last);                      // rows of x
+    void (*negate)(float* x, int64_t n);  // the plainest update in place: what memory allows, for benchmarks
     void (*activations)(const float* x, float* exp, float* sigmoid, float* silu, int64_t n);  // for tests of accuracy
 };
 

@@ -13,5 +13,6 @@ namespace mixers {
 
 static const MixerKernels mixer_kernels = {
     mixers::rms_norm,          mixers::swiglu,    mixers::add_to,          mixers::rope,     mixers::gdn_scratch, mixers::gdn,
-    mixers::attention_scratch, mixers::attention, mixers::attention_merge, mixers::store_kv, mixers::activations,
+    mixers::attention_scratch, mixers::attention, mixers::attention_merge, mixers::store_kv, mixers::negate,
+    mixers::activations,
 };

@@ -63,6 +63,14 @@ static void rope(float* x, const int32_t* positions, const float* inv_freq, floa
     }
 }
 
+static void negate(float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += L) {
+        const int part = int(least(int64_t(L), n - i));
+        if (part == L) store(x + i, sub(zero(), load(x + i)));
+        else store_part(x + i, sub(zero(), load_part(x + i, part)), part);
+    }
+}
+
 static void activations(const float* x, float* e, float* sig, float* sil, int64_t n) {
     for (int64_t i = 0; i < n; i += L) {
         const int part = int(least(int64_t(L), n - i));
