@@ -128,7 +128,7 @@ static double l2norm(float* x, int64_t n, int64_t padded, double scale) {
 // Memory that is needed soon, fetched a few lines at a time while something else is computed.
 struct Fetch {
     const char *at[8], *end[8];
-    int count = 0, now = 0;
+    size_t count = 0, now = 0;
     int64_t lines = 0;
 
     void add(const float* p, int64_t n) {
