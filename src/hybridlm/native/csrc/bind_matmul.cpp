@@ -23,8 +23,7 @@ using namespace hybridlm;
 
 namespace {
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <class T, int N> using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 
 [[noreturn]] void refuse(const std::string& text) { throw nb::value_error(text.c_str()); }
 
@@ -37,7 +36,8 @@ TypeInfo info_of(int type) {
 int64_t row_bytes_of(int type, int64_t cols) {
     TypeInfo info = info_of(type);
     if (cols < 1 || cols > (int64_t(1) << 31) || cols % info.block)
-        refuse("a row of " + std::to_string(cols) + " is not a whole number of blocks of " + std::to_string(info.block));
+        refuse("a row of " + std::to_string(cols) + " is not a whole number of blocks of " +
+               std::to_string(info.block));
     return cols / info.block * info.bytes;
 }
 
@@ -50,8 +50,8 @@ struct Matrix {
     Matrix(nb::object source, int type_, int64_t rows_, int64_t cols_) : type(type_), rows(rows_), cols(cols_) {
         row_bytes = row_bytes_of(type, cols);
         if (rows < 1 || rows > (int64_t(1) << 31)) refuse("a matrix of " + std::to_string(rows) + " rows");
-        // A memoryview holds the memory for as long as it lives. The stable ABI knows no PyMemoryView_GET_BUFFER, so a second
-        // look at the same memory says where it is.
+        // A memoryview holds the memory for as long as it lives. The stable ABI knows no PyMemoryView_GET_BUFFER, so a
+        // second look at the same memory says where it is.
         owner = nb::steal(PyMemoryView_FromObject(source.ptr()));
         Py_buffer view;
         if (!owner.is_valid() || PyObject_GetBuffer(owner.ptr(), &view, PyBUF_SIMPLE) != 0) {
@@ -62,7 +62,8 @@ struct Matrix {
         data = static_cast<const uint8_t*>(view.buf);
         PyBuffer_Release(&view);
         if (length < rows * row_bytes)
-            refuse("data holds " + std::to_string(length) + " bytes, the matrix needs " + std::to_string(rows * row_bytes));
+            refuse("data holds " + std::to_string(length) + " bytes, the matrix needs " +
+                   std::to_string(rows * row_bytes));
         if (is_float(type) && reinterpret_cast<uintptr_t>(data) % (type == F32 ? 4 : 2))
             refuse("float data must lie at a multiple of its size");
     }
@@ -82,8 +83,7 @@ struct Arena {
         }
         used %= 64;
     }
-    template <class T>
-    T* take(int64_t count) {
+    template <class T> T* take(int64_t count) {
         T* p = reinterpret_cast<T*>(bytes.data() + used);
         used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
         return p;
@@ -114,11 +114,12 @@ void multiply_floats(const Kernels& k, const float* x, int64_t t, int64_t cols, 
     const int64_t unit = float_rows(cols);
     int64_t total = 0;
     for (const Job& job : jobs) total += job.matrix->rows;
-    const int64_t step = std::max<int64_t>(1, std::min(131072 / cols, total / (8 * threads()))) ;
+    const int64_t step = std::max<int64_t>(1, std::min(131072 / cols, total / (8 * threads())));
     for (const Job& job : jobs) {
         const int64_t size = (step + unit - 1) / unit * unit;
         const int64_t use = total < 4 * unit * threads() ? std::max<int64_t>(4, (step + 3) / 4 * 4) : size;
-        for (int64_t r = 0; r < job.matrix->rows; r += use) parts.push_back({&job, r, std::min(job.matrix->rows, r + use)});
+        for (int64_t r = 0; r < job.matrix->rows; r += use)
+            parts.push_back({&job, r, std::min(job.matrix->rows, r + use)});
     }
     parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t i, int thread) {
         const Part& part = parts[static_cast<size_t>(i)];
@@ -164,8 +165,8 @@ void multiply_quantised(const Kernels& k, const float* x, int64_t t, int64_t col
         parallel_for(static_cast<int64_t>(tiles.size()), quantise);
     }
 
-    // Panels of all matrices in a row, cut into parts that get smaller towards the end: long ones stream well, short ones
-    // let everybody finish together.
+    // Panels of all matrices in a row, cut into parts that get smaller towards the end: long ones stream well, short
+    // ones let everybody finish together.
     struct Part {
         const Job* job;
         int64_t first, last;
@@ -204,10 +205,11 @@ void linear(const Array<const float, 2>& x, const std::vector<const Matrix*>& we
     for (size_t i = 0; i < weights.size(); ++i) {
         const Matrix& m = *weights[i];
         if (m.cols != cols)
-            refuse("x has " + std::to_string(cols) + " columns, weight " + std::to_string(i) + " has " + std::to_string(m.cols));
+            refuse("x has " + std::to_string(cols) + " columns, weight " + std::to_string(i) + " has " +
+                   std::to_string(m.cols));
         if (static_cast<int64_t>(outs[i].shape(0)) != t || static_cast<int64_t>(outs[i].shape(1)) != m.rows)
-            refuse("out " + std::to_string(i) + " must be [" + std::to_string(t) + ", " + std::to_string(m.rows) + "], got [" +
-                   std::to_string(outs[i].shape(0)) + ", " + std::to_string(outs[i].shape(1)) + "]");
+            refuse("out " + std::to_string(i) + " must be [" + std::to_string(t) + ", " + std::to_string(m.rows) +
+                   "], got [" + std::to_string(outs[i].shape(0)) + ", " + std::to_string(outs[i].shape(1)) + "]");
         (exact || is_float(m.type) ? floats : quantised).push_back({&m, outs[i].data()});
     }
     if (t == 0 || weights.empty()) return;
@@ -224,12 +226,15 @@ void embed(const Matrix& table, const Array<const int32_t, 1>& ids, const Array<
     for (size_t i = 0; i < count; ++i) {
         int32_t id = ids.data()[i];
         if (id < 0 || id >= table.rows)
-            throw nb::index_error(("id " + std::to_string(id) + " is outside the table's " + std::to_string(table.rows) + " rows").c_str());
+            throw nb::index_error(
+                ("id " + std::to_string(id) + " is outside the table's " + std::to_string(table.rows) + " rows")
+                    .c_str());
     }
     nb::gil_scoped_release release;
     const Kernels& k = kernels();
     for (size_t i = 0; i < count; ++i)
-        k.matmul.decode(table.type, table.data + ids.data()[i] * table.row_bytes, out.data() + i * out.shape(1), table.cols);
+        k.matmul.decode(table.type, table.data + ids.data()[i] * table.row_bytes, out.data() + i * out.shape(1),
+                        table.cols);
 }
 
 void quantize(int type, const Array<const float, 2>& x, const Array<uint8_t, 2>& out,
@@ -240,7 +245,8 @@ void quantize(int type, const Array<const float, 2>& x, const Array<uint8_t, 2>&
         refuse("out must be [" + std::to_string(rows) + ", " + std::to_string(row_bytes) + "]");
     std::vector<float> weigh;
     if (importance) {
-        if (static_cast<int64_t>(importance->shape(0)) != cols) refuse("importance must have " + std::to_string(cols) + " entries");
+        if (static_cast<int64_t>(importance->shape(0)) != cols)
+            refuse("importance must have " + std::to_string(cols) + " entries");
         double mean = 0;
         for (int64_t i = 0; i < cols; ++i) {
             float w = importance->data()[i];
@@ -254,7 +260,8 @@ void quantize(int type, const Array<const float, 2>& x, const Array<uint8_t, 2>&
     nb::gil_scoped_release release;
     const Kernels& k = kernels();
     parallel_for(rows, [&](int64_t row, int) {
-        k.matmul.encode(type, x.data() + row * cols, cols, weigh.empty() ? nullptr : weigh.data(), out.data() + row * row_bytes);
+        k.matmul.encode(type, x.data() + row * cols, cols, weigh.empty() ? nullptr : weigh.data(),
+                        out.data() + row * row_bytes);
     });
 }
 
@@ -319,14 +326,17 @@ double int8_peak(double seconds) {
 
 void bind_matmul(nb::module_& m) {
     nb::class_<Matrix>(m, "Matrix")
-        .def(nb::init<nb::object, int, int64_t, int64_t>(), nb::arg("data"), nb::arg("type"), nb::arg("rows"), nb::arg("cols"))
+        .def(nb::init<nb::object, int, int64_t, int64_t>(), nb::arg("data"), nb::arg("type"), nb::arg("rows"),
+             nb::arg("cols"))
         .def_ro("rows", &Matrix::rows)
         .def_ro("cols", &Matrix::cols)
         .def_ro("type", &Matrix::type)
         .def_prop_ro("nbytes", [](const Matrix& self) { return self.rows * self.row_bytes; });
-    m.def("linear", linear, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outs").noconvert(), nb::arg("exact") = false);
+    m.def("linear", linear, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outs").noconvert(),
+          nb::arg("exact") = false);
     m.def("embed", embed, nb::arg("table"), nb::arg("ids").noconvert(), nb::arg("out").noconvert());
-    m.def("quantize", quantize, nb::arg("type"), nb::arg("x").noconvert(), nb::arg("out").noconvert(), nb::arg("importance").noconvert().none() = nb::none());
+    m.def("quantize", quantize, nb::arg("type"), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
+          nb::arg("importance").noconvert().none() = nb::none());
     m.def("dequantize", dequantize, nb::arg("type"), nb::arg("data").noconvert(), nb::arg("out").noconvert());
     m.def("read_bandwidth", read_bandwidth, nb::arg("data").noconvert(), nb::arg("repeats") = 1);
     m.def("int8_peak", int8_peak, nb::arg("seconds") = 0.2);

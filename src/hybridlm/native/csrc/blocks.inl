@@ -1,13 +1,15 @@
 // How each ggml type packs weights, over lanes: a unit is 256 columns of `lanes` rows, handed on as eight blocks of 32.
 //
 // `Blocks<type>::unit(p, stride, sink)` reads a unit whose first row starts at p and calls, for block 0 to 7 in turn,
-// sink.template put<Blocks>(block, w, scale, second): w[i] holds columns 4 i .. 4 i + 3 as unsigned numbers with a bias,
-// the value being scale * (w - bias). `second` is the minimum to be subtracted (`minimum`), or the scale of columns 16
-// to 31 (`halves`), or nothing. Types with blocks of 32 have an odd number of 16-bit words in a block: of two blocks in a
-// row the first is read across dword boundaries.
+// sink.template put<Blocks>(block, w, scale, second): w[i] holds columns 4 i .. 4 i + 3 as unsigned numbers with a
+// bias, the value being scale * (w - bias). `second` is the minimum to be subtracted (`minimum`), or the scale of
+// columns 16 to 31 (`halves`), or nothing. Types with blocks of 32 have an odd number of 16-bit words in a block: of
+// two blocks in a row the first is read across dword boundaries.
 
-alignas(16) static const int8_t nonlinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-alignas(16) static const uint8_t nonlinear_biased[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+alignas(16) static const int8_t nonlinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                 1,    13,   25,  38,  53,  69,  89,  113};
+alignas(16) static const uint8_t nonlinear_biased[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                                         129, 141, 153, 166, 181, 197, 217, 241};
 
 template <int type> struct Blocks;
 
@@ -139,7 +141,8 @@ struct SixBits {
 template <> struct Blocks<Q4_K> {
     static constexpr int bias = 0, max = 15, unit_bytes = 144;
     static constexpr bool minimum = true, halves = false;
-    template <int c, class Sink> static HYBRIDLM_INLINE void chunks(const uint8_t* p, size_t stride, const SixBits& s, Sink& sink) {
+    template <int c, class Sink>
+    static HYBRIDLM_INLINE void chunks(const uint8_t* p, size_t stride, const SixBits& s, Sink& sink) {
         const U mask = same(0x0f0f0f0fu);
         U d[8], w[8];
         load_dwords<2>(p, stride, d);

@@ -24,7 +24,7 @@ HYBRIDLM_INLINE float from_f16(uint16_t h) {
 
 HYBRIDLM_INLINE uint16_t to_f16(float f) {  // nearest, ties to even
     uint32_t bits = to_bits(f), sign = bits >> 16 & 0x8000, x = bits & 0x7fffffff;
-    uint32_t tiny = to_bits(from_bits(x) + 0.5f) - 0x3f000000u;           // below 2^-14: the sum rounds to 2^-24 steps
+    uint32_t tiny = to_bits(from_bits(x) + 0.5f) - 0x3f000000u;  // below 2^-14: the sum rounds to 2^-24 steps
     uint32_t normal = (x - 0x38000000u + 0xfff + (x >> 13 & 1)) >> 13;
     uint32_t h = x > 0x7f800000u ? 0x7e00u : x >= 0x477ff000u ? 0x7c00u : x < 0x38800000u ? tiny : normal;
     return uint16_t(sign | h);
@@ -47,9 +47,8 @@ HYBRIDLM_INLINE int32_t nearest(float x) { return int32_t(to_bits(x + 12582912.0
 // ---- quantised weights ---------------------------------------------------------------------------------------------
 
 // Adds one block of 32 columns to the sums of `rows` rows of x.
-template <class Q, int rows>
-HYBRIDLM_INLINE void accumulate(F* sum, const U* w, F scale, F second, const int8_t* x, const float* dx, const float* sx,
-                                const int32_t* start) {
+template <class Q, int rows> HYBRIDLM_INLINE void accumulate(F* sum, const U* w, F scale, F second, const int8_t* x,
+                                                             const float* dx, const float* sx, const int32_t* start) {
     I dot[rows];
     if constexpr (Q::halves) {
         dots<Q::bias, Q::max, 4, rows>(w, x, start, 2, dot);
@@ -117,9 +116,8 @@ template <int rows> struct ToSums {  // meets the rows of x straight away
 };
 
 // sums[t] += blocks of a panel times t rows of x.
-template <class K, int width>
-void panel(const uint8_t* records, int64_t blocks, const int8_t* x, const float* dx, const float* sx, const int32_t* start,
-           float* sums) {
+template <class K, int width> void panel(const uint8_t* records, int64_t blocks, const int8_t* x, const float* dx,
+                                         const float* sx, const int32_t* start, float* sums) {
     F sum[width];
     for (int t = 0; t < width; ++t) sum[t] = load_f(sums + t * lanes);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -129,16 +127,19 @@ void panel(const uint8_t* records, int64_t blocks, const int8_t* x, const float*
         if constexpr (K::minimum || K::halves) second = load_f(reinterpret_cast<const float*>(records + 36 * lanes));
         constexpr int starts = K::halves ? 2 : 1, left = width % 4, whole = width - left;
         HYBRIDLM_UNROLL
-        for (int t = 0; t < whole; t += 4) accumulate<K, 4>(sum + t, w, scale, second, x + 32 * t, dx + t, sx + t, start + starts * t);
+        for (int t = 0; t < whole; t += 4)
+            accumulate<K, 4>(sum + t, w, scale, second, x + 32 * t, dx + t, sx + t, start + starts * t);
         if constexpr (left > 0)
-            accumulate<K, left>(sum + whole, w, scale, second, x + 32 * whole, dx + whole, sx + whole, start + starts * whole);
+            accumulate<K, left>(sum + whole, w, scale, second, x + 32 * whole, dx + whole, sx + whole,
+                                start + starts * whole);
         records += K::record;
         x += 32 * width, dx += width, sx += width, start += (K::halves ? 2 : 1) * width;
     }
     for (int t = 0; t < width; ++t) store_f(sums + t * lanes, sum[t]);
 }
 
-using PanelKernel = void (*)(const uint8_t*, int64_t, const int8_t*, const float*, const float*, const int32_t*, float*);
+using PanelKernel = void (*)(const uint8_t*, int64_t, const int8_t*, const float*, const float*, const int32_t*,
+                             float*);
 
 template <class K> PanelKernel panel_kernel(int width) {
     switch (width) {
@@ -189,7 +190,7 @@ constexpr int64_t few = 16;  // rows of x up to which weights are unpacked a uni
 
 // Panels that are unpacked together, so that a tile of x stays in the second cache while it meets them.
 inline int64_t panels_together(int64_t blocks) {
-    int64_t n = 320 * 1024 / (blocks * largest_record);
+    int64_t n = 480 * 1024 / (blocks * largest_record);
     return n < 1 ? 1 : n > 8 ? 8 : n;
 }
 
@@ -198,13 +199,16 @@ inline size_t scratch_bytes(int64_t cols) {
     return static_cast<size_t>(stage_bytes + few * lanes * 4 + 64 + panels_together(blocks) * blocks * largest_record);
 }
 
-template <int type>
-void quantised_of(const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last, const Tile* tiles, int count,
-                  float* out, int64_t stride, void* scratch) {
+template <int type> void quantised_of(const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
+                                      const Tile* tiles, int count, float* out, int64_t stride, void* scratch) {
     using Q = Blocks<type>;
     using K = KindOf<Q>;
     constexpr int starts = Q::halves ? 2 : 1;
-    constexpr int slot = type == Q4_0 ? 0 : type == Q5_0 ? 1 : type == Q6_K ? 2 : type == Q8_0 || type == IQ4_NL ? 3 : -1;
+    constexpr int slot = type == Q4_0                     ? 0
+                         : type == Q5_0                   ? 1
+                         : type == Q6_K                   ? 2
+                         : type == Q8_0 || type == IQ4_NL ? 3
+                                                          : -1;
     TypeInfo info{};
     type_info(type, info);
     const int64_t units = (cols + 255) / 256, blocks = 8 * units;
@@ -226,7 +230,8 @@ void quantised_of(const uint8_t* data, int64_t rows, int64_t cols, int64_t first
 
     auto ahead = [&](int64_t p, int64_t u) {
         const bool next = p + 1 < last && (p + 2) * lanes <= rows && 256 * (u + 1) <= cols;
-        return Ahead{next ? data + (p + 1) * lanes * source.row_bytes + u * 4 * Q::unit_bytes : data, next ? 4 * source.row_bytes : 0};
+        return Ahead{next ? data + (p + 1) * lanes * source.row_bytes + u * 4 * Q::unit_bytes : data,
+                     next ? 4 * source.row_bytes : 0};
     };
 
     if (count == 1 && total_width <= straight) {
@@ -313,8 +318,8 @@ void quantised_of(const uint8_t* data, int64_t rows, int64_t cols, int64_t first
     }
 }
 
-void quantised(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last, const Tile* tiles,
-               int count, float* out, int64_t stride, void* scratch) {
+void quantised(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
+               const Tile* tiles, int count, float* out, int64_t stride, void* scratch) {
     switch (type) {
         case Q8_0: return quantised_of<Q8_0>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
         case Q4_0: return quantised_of<Q4_0>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
@@ -330,39 +335,34 @@ void quantised(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_
 // the scale NaN, so that it shows. Blocks past the last column are zero.
 void activations(const float* x, int64_t cols, const Tile& tile, unsigned slots) {
     const int64_t blocks = (cols + 255) / 256 * 8;
-    for (int64_t b = 0; b < blocks; ++b) {
-        for (int t = 0; t < tile.width; ++t) {
-            const int64_t at = b * tile.width + t;
-            int8_t* q = tile.x + 32 * at;
-            int32_t sums[2] = {0, 0};
-            float scale = 0;
-            if (32 * b < cols) {
-                const float* p = x + t * cols + 32 * b;
-                int32_t most = 0;
-                for (int i = 0; i < 32; ++i) {
-                    int32_t bits = static_cast<int32_t>(to_bits(p[i]) & 0x7fffffff);
-                    most = bits > most ? bits : most;
-                }
-                float largest = from_bits(static_cast<uint32_t>(most));
-                bool finite = most < 0x7f800000, some = largest > 1e-30f;
-                float inverse = finite && some ? 127.0f / largest : 0.0f;
-                scale = finite ? (some ? largest / 127.0f : 0.0f) : from_bits(0x7fc00000);
-                int32_t v[32];
-                for (int i = 0; i < 32; ++i) v[i] = nearest(finite ? p[i] * inverse : 0.0f);
-                for (int i = 0; i < 32; ++i) q[i] = static_cast<int8_t>(v[i]);
-                for (int i = 0; i < 16; ++i) sums[0] += v[i];
-                for (int i = 16; i < 32; ++i) sums[1] += v[i];
+    auto block = [&](int64_t b, int t) {
+        const int64_t at = b * tile.width + t;
+        int32_t sums[2] = {0, 0};
+        float scale = 0;
+        if (32 * b < cols) {
+            const float* p = x + t * cols + 32 * b;
+            const int32_t bits = largest_bits(p);
+            const float largest = from_bits(static_cast<uint32_t>(bits));
+            if (bits < 0x7f800000 && largest > 1e-30f) {
+                scale = largest / 127.0f;
+                round_block(p, 127.0f / largest, tile.x + 32 * at, sums);
             } else {
-                memset(q, 0, 32);
+                scale = bits < 0x7f800000 ? 0.0f : from_bits(0x7fc00000);
+                memset(tile.x + 32 * at, 0, 32);
             }
-            tile.scale[at] = scale;
-            tile.sum[at] = scale * static_cast<float>(sums[0] + sums[1]);
-            if (slots & 1) tile.start[0][at] = -8 * (sums[0] + sums[1]);
-            if (slots & 2) tile.start[1][at] = -16 * (sums[0] + sums[1]);
-            if (slots & 4) tile.start[2][2 * at] = -32 * sums[0], tile.start[2][2 * at + 1] = -32 * sums[1];
-            if (slots & 8) tile.start[3][at] = -128 * (sums[0] + sums[1]);
+        } else {
+            memset(tile.x + 32 * at, 0, 32);
         }
-    }
+        tile.scale[at] = scale;
+        tile.sum[at] = scale * static_cast<float>(sums[0] + sums[1]);
+        if (slots & 1) tile.start[0][at] = -8 * (sums[0] + sums[1]);
+        if (slots & 2) tile.start[1][at] = -16 * (sums[0] + sums[1]);
+        if (slots & 4) tile.start[2][2 * at] = -32 * sums[0], tile.start[2][2 * at + 1] = -32 * sums[1];
+        if (slots & 8) tile.start[3][at] = -128 * (sums[0] + sums[1]);
+    };
+    for (int64_t first = 0; first < blocks; first += 8)
+        for (int t = 0; t < tile.width; ++t)
+            for (int64_t b = first; b < first + 8; ++b) block(b, t);
 }
 
 // ---- float weights -------------------------------------------------------------------------------------------------
@@ -375,8 +375,8 @@ template <int type> HYBRIDLM_INLINE F float_columns(const uint8_t* p, int64_t i)
 
 // height rows of weights times width rows of x. Each result is summed alike whatever the two are: columns i, i + lanes,
 // .. in lane i, what is left over padded with zeros, then the lanes.
-template <int type, int height, int width>
-void float_tile(const uint8_t* w, int64_t row_bytes, int64_t cols, const float* x, float* out, int64_t stride, int64_t ahead) {
+template <int type, int height, int width> void float_tile(const uint8_t* w, int64_t row_bytes, int64_t cols,
+                                                           const float* x, float* out, int64_t stride, int64_t ahead) {
     constexpr size_t size = type == F32 ? 4 : 2;
     F sum[height][width];
     for (int r = 0; r < height; ++r)
@@ -410,9 +410,9 @@ void float_tile(const uint8_t* w, int64_t row_bytes, int64_t cols, const float* 
         for (int t = 0; t < width; ++t) out[t * stride + r] = total(sum[r][t]);
 }
 
-template <int type, int height>
-HYBRIDLM_INLINE void float_rows_of(const uint8_t* w, int64_t row_bytes, int64_t cols, const float* x, int64_t count, float* out,
-                                   int64_t stride, int64_t ahead) {
+template <int type, int height> HYBRIDLM_INLINE void float_rows_of(const uint8_t* w, int64_t row_bytes, int64_t cols,
+                                                                   const float* x, int64_t count, float* out,
+                                                                   int64_t stride, int64_t ahead) {
     int64_t t = 0;
     for (; t + 4 <= count; t += 4)
         float_tile<type, height, 4>(w, row_bytes, cols, x + t * cols, out + t * stride, stride, t ? 0 : ahead);
@@ -420,15 +420,16 @@ HYBRIDLM_INLINE void float_rows_of(const uint8_t* w, int64_t row_bytes, int64_t 
         float_tile<type, height, 2>(w, row_bytes, cols, x + t * cols, out + t * stride, stride, t ? 0 : ahead);
         t += 2;
     }
-    if (t < count) float_tile<type, height, 1>(w, row_bytes, cols, x + t * cols, out + t * stride, stride, t ? 0 : ahead);
+    if (t < count)
+        float_tile<type, height, 1>(w, row_bytes, cols, x + t * cols, out + t * stride, stride, t ? 0 : ahead);
 }
 
-template <int type>
-void float_direct(const uint8_t* data, int64_t row_bytes, int64_t cols, int64_t first, int64_t last, const float* x,
-                  int64_t count, float* out, int64_t stride) {
+template <int type> void float_direct(const uint8_t* data, int64_t row_bytes, int64_t cols, int64_t first, int64_t last,
+                                      const float* x, int64_t count, float* out, int64_t stride) {
     int64_t r = first;
     for (; r + 4 <= last; r += 4)
-        float_rows_of<type, 4>(data + r * row_bytes, row_bytes, cols, x, count, out + r, stride, r + 8 <= last ? 4 * row_bytes : 0);
+        float_rows_of<type, 4>(data + r * row_bytes, row_bytes, cols, x, count, out + r, stride,
+                               r + 8 <= last ? 4 * row_bytes : 0);
     for (; r < last; ++r) float_rows_of<type, 1>(data + r * row_bytes, row_bytes, cols, x, count, out + r, stride, 0);
 }
 
@@ -439,7 +440,8 @@ void floats(int type, const uint8_t* data, int64_t cols, int64_t first, int64_t 
     const int64_t row_bytes = cols / info.block * info.bytes;
     if (count <= 8 && type == F32) return float_direct<F32>(data, row_bytes, cols, first, last, x, count, out, stride);
     if (count <= 8 && type == F16) return float_direct<F16>(data, row_bytes, cols, first, last, x, count, out, stride);
-    if (count <= 8 && type == BF16) return float_direct<BF16>(data, row_bytes, cols, first, last, x, count, out, stride);
+    if (count <= 8 && type == BF16)
+        return float_direct<BF16>(data, row_bytes, cols, first, last, x, count, out, stride);
     // Expand a few rows, and let groups of four rows of x meet all of them before the next four come.
     float* rows = static_cast<float*>(scratch);
     const int64_t together = float_rows(cols);
@@ -448,7 +450,8 @@ void floats(int type, const uint8_t* data, int64_t cols, int64_t first, int64_t 
         for (int64_t i = 0; i < n; ++i) decode(type, data + (r + i) * row_bytes, rows + i * cols, cols);
         const uint8_t* expanded = reinterpret_cast<const uint8_t*>(rows);
         for (int64_t t = 0; t < count; t += 4)
-            float_direct<F32>(expanded, 4 * cols, cols, 0, n, x + t * cols, smaller(4, count - t), out + t * stride + r, stride);
+            float_direct<F32>(expanded, 4 * cols, cols, 0, n, x + t * cols, smaller(4, count - t), out + t * stride + r,
+                              stride);
     }
 }
 
@@ -475,6 +478,6 @@ double peak(int64_t turns) { return spin_dots(turns); }
 }  // namespace matrices
 
 static const MatmulKernels matmul_kernels = {
-    matrices::lanes, matrices::wide_tile, matrices::activations, matrices::quantised, matrices::scratch_bytes,
-    matrices::floats, matrices::decode, matrices::encode, matrices::read, matrices::peak,
+    matrices::lanes,  matrices::wide_tile, matrices::activations, matrices::quantised, matrices::scratch_bytes,
+    matrices::floats, matrices::decode,    matrices::encode,      matrices::read,      matrices::peak,
 };

@@ -1,8 +1,8 @@
 // What an instruction set provides for matrices.
 //
 // Quantised weights meet 8-bit activations: x is cut into blocks of 32 with one float scale each, the products of a
-// block are summed in integers, and the block sums are added up in float, in the order of the columns, one accumulator a
-// result. So a result is the same whatever the number of threads and however many rows of x go together.
+// block are summed in integers, and the block sums are added up in float, in the order of the columns, one accumulator
+// a result. So a result is the same whatever the number of threads and however many rows of x go together.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,10 @@ struct TypeInfo {
 inline bool type_info(int type, TypeInfo& info) {
     switch (type) {
         case F32: info = {1, 4}; return true;
-        case F16: case BF16: info = {1, 2}; return true;
-        case Q4_0: case IQ4_NL: info = {32, 18}; return true;
+        case F16:
+        case BF16: info = {1, 2}; return true;
+        case Q4_0:
+        case IQ4_NL: info = {32, 18}; return true;
         case Q5_0: info = {32, 22}; return true;
         case Q8_0: info = {32, 34}; return true;
         case Q4_K: info = {256, 144}; return true;
@@ -34,8 +36,8 @@ inline bool type_info(int type, TypeInfo& info) {
 
 inline bool is_float(int type) { return type == F32 || type == F16 || type == BF16; }
 
-// Weights are multiplied as unsigned numbers with a bias where the machine's dot product wants them so; what that adds is
-// taken back by where the sum starts: -bias * (sum of the block's x). One array of starts for each bias that occurs.
+// Weights are multiplied as unsigned numbers with a bias where the machine's dot product wants them so; what that adds
+// is taken back by where the sum starts: -bias * (sum of the block's x). One array of starts for each bias that occurs.
 constexpr int biases[4] = {8, 16, 32, 128};
 inline int bias_slot(int type) {
     return type == Q4_0 ? 0 : type == Q5_0 ? 1 : type == Q6_K ? 2 : type == Q8_0 || type == IQ4_NL ? 3 : -1;

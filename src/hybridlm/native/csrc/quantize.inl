@@ -1,10 +1,10 @@
 // Rows of floats to blocks of a ggml type and back.
 //
 // The way back gives the floats that gguf's own decoder gives. The way there looks for the scale with the least squared
-// error (weighed by `importance` where given): for a handful of scales it rounds every weight, solves for the scale that
-// fits these roundings best, and keeps the best pair. Blocks lie side by side in an inner loop of fixed length (`group`),
-// which compilers turn into vector code without being asked in an instruction set's own words. Q8_0 is the exception: the
-// largest magnitude becomes 127, as everybody does it.
+// error (weighed by `importance` where given): for a handful of scales it rounds every weight, solves for the scale
+// that fits these roundings best, and keeps the best pair. Blocks lie side by side in an inner loop of fixed length
+// (`group`), which compilers turn into vector code without being asked in an instruction set's own words. Q8_0 is the
+// exception: the largest magnitude becomes 127, as everybody does it.
 
 // ---- back to floats ------------------------------------------------------------------------------------------------
 
@@ -166,9 +166,10 @@ template <int columns> struct Side {
     }
 };
 
-// How well grid values times a scale can match: fits[b] = (sum w x v)^2 / (sum w v^2) is what the squared error falls by,
-// and scale[b] does it.
-template <class Grid, int columns> HYBRIDLM_INLINE void fit(const Side<columns>& s, const float* inverse, float* scale, float* fits) {
+// How well grid values times a scale can match: fits[b] = (sum w x v)^2 / (sum w v^2) is what the squared error falls
+// by, and scale[b] does it.
+template <class Grid, int columns>
+HYBRIDLM_INLINE void fit(const Side<columns>& s, const float* inverse, float* scale, float* fits) {
     alignas(64) float xv[group] = {}, vv[group] = {};
     for (int i = 0; i < columns; ++i) {
         for (int b = 0; b < group; ++b) {
@@ -190,7 +191,8 @@ HYBRIDLM_INLINE float reciprocal(float s) { return magnitude(s) > 1e-30f ? 1.0f 
 template <class Grid, int columns> void best_scales(const Side<columns>& s, int tries, float step, float* best) {
     alignas(64) float largest[group] = {}, inverse[group], scale[group], fits[group], most[group] = {};
     for (int i = 0; i < columns; ++i)
-        for (int b = 0; b < group; ++b) largest[b] = magnitude(s.x[i][b]) > magnitude(largest[b]) ? s.x[i][b] : largest[b];
+        for (int b = 0; b < group; ++b)
+            largest[b] = magnitude(s.x[i][b]) > magnitude(largest[b]) ? s.x[i][b] : largest[b];
     for (int b = 0; b < group; ++b) best[b] = 0;
     auto keep = [&] {
         for (int b = 0; b < group; ++b) {
@@ -227,8 +229,9 @@ template <class Grid, int columns> void errors(const Side<columns>& s, const flo
     for (int b = 0; b < group; ++b) error[b] = sum[b];
 }
 
-template <class Grid, class Pack>
-HYBRIDLM_INLINE void encode_one_scale(const float* x, int64_t cols, const float* importance, int tries, float step, Pack pack) {
+template <class Grid, class Pack> HYBRIDLM_INLINE void encode_one_scale(const float* x, int64_t cols,
+                                                                        const float* importance, int tries, float step,
+                                                                        Pack pack) {
     Side<32> s;
     for (int64_t first = 0; first < cols / 32; first += group) {
         const int blocks = static_cast<int>(smaller(group, cols / 32 - first));
@@ -246,7 +249,8 @@ HYBRIDLM_INLINE void encode_one_scale(const float* x, int64_t cols, const float*
         for (int b = 0; b < blocks; ++b) {
             float d = with_best[b] <= with_plain[b] ? best[b] : plain[b], inverse = reciprocal(d);
             for (int i = 0; i < 32; ++i)
-                if ((to_bits(s.x[i][b]) & 0x7f800000u) == 0x7f800000u) d = from_bits(0x7fc00000);  // not finite: let it show
+                if ((to_bits(s.x[i][b]) & 0x7f800000u) == 0x7f800000u)
+                    d = from_bits(0x7fc00000);  // not finite: let it show
             int32_t code[32];
             for (int i = 0; i < 32; ++i) code[i] = Grid::code(s.x[i][b] * inverse);
             pack(first + b, d, code);
@@ -298,7 +302,8 @@ HYBRIDLM_INLINE void line(const Side<32>& s, int most, const float* inverse, con
 }
 
 HYBRIDLM_INLINE float line_error(const Moments& m, const Line& l, int b, float scale, float offset) {
-    return m.xx[b] + scale * (scale * l.qq[b] - 2 * l.xq[b] + 2 * offset * l.q[b]) + offset * (offset * m.w[b] - 2 * m.x[b]);
+    return m.xx[b] + scale * (scale * l.qq[b] - 2 * l.xq[b] + 2 * offset * l.q[b]) +
+           offset * (offset * m.w[b] - 2 * m.x[b]);
 }
 
 // One block of 256: x is close to d * scale[j] * q - dmin * minimum[j], q from 0 to `most`.
@@ -390,7 +395,8 @@ inline void encode_with_minimum(const float* from, const float* importance, int 
             scale[b] = sc[b], minimum[b] = mn[b];
             best_scale[b] = d * static_cast<float>(sc[b]), best_offset[b] = -dmin * static_cast<float>(mn[b]);
             double u = sc[b], v = mn[b];
-            ss += u * u * kept.qq[b], sm += u * v * kept.q[b], mm += v * v * m.w[b], sx += u * kept.xq[b], mx += v * m.x[b];
+            ss += u * u * kept.qq[b], sm += u * v * kept.q[b], mm += v * v * m.w[b], sx += u * kept.xq[b],
+                mx += v * m.x[b];
         }
         double det = ss * mm - sm * sm;
         if (det > 1e-9 * ss * mm) {
@@ -404,7 +410,8 @@ inline void encode_with_minimum(const float* from, const float* importance, int 
     }
     for (int j = 0; j < 8; ++j) {
         float a = d * static_cast<float>(scale[j]), c = -dmin * static_cast<float>(minimum[j]), inv = reciprocal(a);
-        for (int i = 0; i < 32; ++i) codes[32 * j + i] = static_cast<uint8_t>(clip(nearest((s.x[i][j] - c) * inv), 0, most));
+        for (int i = 0; i < 32; ++i)
+            codes[32 * j + i] = static_cast<uint8_t>(clip(nearest((s.x[i][j] - c) * inv), 0, most));
     }
 }
 
@@ -416,7 +423,9 @@ template <int type> void encode_minimum_type(const float* x, int64_t cols, const
         uint8_t codes[256] = {};
         bool finite = true;
         for (int i = 0; i < 256; ++i) finite &= (to_bits(x[first + i]) & 0x7f800000u) != 0x7f800000u;
-        if (finite) encode_with_minimum(x + first, importance ? importance + first : nullptr, most, d, dmin, scale, minimum, codes);
+        if (finite)
+            encode_with_minimum(x + first, importance ? importance + first : nullptr, most, d, dmin, scale, minimum,
+                                codes);
         else d = from_bits(0x7fc00000);
         put_half(p, d);
         put_half(p + 2, dmin);
@@ -474,7 +483,8 @@ inline void encode_q6_k(const float* x, int64_t cols, const float* importance, u
                     inverse[b] = reciprocal(d * static_cast<float>(scale[group * h + b]));
                     sum += error[group * h + b];
                     for (int i = 0; i < 16; ++i) {
-                        double v = scale[group * h + b] * static_cast<double>(Grid::value(side[h].x[i][b] * inverse[b]));
+                        double v =
+                            scale[group * h + b] * static_cast<double>(Grid::value(side[h].x[i][b] * inverse[b]));
                         ss += side[h].weight[i][b] * v * v;
                         sx += side[h].weight[i][b] * v * side[h].x[i][b];
                     }
@@ -491,14 +501,16 @@ inline void encode_q6_k(const float* x, int64_t cols, const float* importance, u
         uint8_t codes[256];
         for (int j = 0; j < 16; ++j) {
             float inv = reciprocal(stored * static_cast<float>(kept[j]));
-            for (int i = 0; i < 16; ++i) codes[16 * j + i] = static_cast<uint8_t>(Grid::code(x[first + 16 * j + i] * inv) + 32);
+            for (int i = 0; i < 16; ++i)
+                codes[16 * j + i] = static_cast<uint8_t>(Grid::code(x[first + 16 * j + i] * inv) + 32);
         }
         if (!finite) stored = from_bits(0x7fc00000);
         for (int h = 0; h < 2; ++h) {
             const uint8_t* c = codes + 128 * h;
             for (int i = 0; i < 64; ++i) p[64 * h + i] = static_cast<uint8_t>((c[i] & 15) | (c[64 + i] & 15) << 4);
             for (int i = 0; i < 32; ++i)
-                p[128 + 32 * h + i] = static_cast<uint8_t>(c[i] >> 4 | c[32 + i] >> 4 << 2 | c[64 + i] >> 4 << 4 | c[96 + i] >> 4 << 6);
+                p[128 + 32 * h + i] =
+                    static_cast<uint8_t>(c[i] >> 4 | c[32 + i] >> 4 << 2 | c[64 + i] >> 4 << 4 | c[96 + i] >> 4 << 6);
         }
         for (int j = 0; j < 16; ++j) p[192 + j] = static_cast<uint8_t>(kept[j]);
         put_half(p + 208, stored);
@@ -521,26 +533,32 @@ void encode(int type, const float* x, int64_t cols, const float* importance, uin
         }
         case Q8_0: return encode_q8_0(x, cols, out);
         case Q4_0:
-            return encode_one_scale<Even<8>>(x, cols, importance, 7, 0.12f, [&](int64_t block, float d, const int32_t* q) {
-                uint8_t* p = out + 18 * block;
-                put_half(p, d);
-                for (int i = 0; i < 16; ++i) p[2 + i] = static_cast<uint8_t>((q[i] + 8) | (q[16 + i] + 8) << 4);
-            });
+            return encode_one_scale<Even<8>>(x, cols, importance, 7, 0.12f,
+                                             [&](int64_t block, float d, const int32_t* q) {
+                                                 uint8_t* p = out + 18 * block;
+                                                 put_half(p, d);
+                                                 for (int i = 0; i < 16; ++i)
+                                                     p[2 + i] = static_cast<uint8_t>((q[i] + 8) | (q[16 + i] + 8) << 4);
+                                             });
         case Q5_0:
-            return encode_one_scale<Even<16>>(x, cols, importance, 7, 0.15f, [&](int64_t block, float d, const int32_t* q) {
-                uint8_t* p = out + 22 * block;
-                uint32_t high = 0;
-                put_half(p, d);
-                for (int i = 0; i < 32; ++i) high |= static_cast<uint32_t>((q[i] + 16) >> 4) << i;
-                memcpy(p + 2, &high, 4);
-                for (int i = 0; i < 16; ++i) p[6 + i] = static_cast<uint8_t>(((q[i] + 16) & 15) | ((q[16 + i] + 16) & 15) << 4);
-            });
+            return encode_one_scale<Even<16>>(
+                x, cols, importance, 7, 0.15f, [&](int64_t block, float d, const int32_t* q) {
+                    uint8_t* p = out + 22 * block;
+                    uint32_t high = 0;
+                    put_half(p, d);
+                    for (int i = 0; i < 32; ++i) high |= static_cast<uint32_t>((q[i] + 16) >> 4) << i;
+                    memcpy(p + 2, &high, 4);
+                    for (int i = 0; i < 16; ++i)
+                        p[6 + i] = static_cast<uint8_t>(((q[i] + 16) & 15) | ((q[16 + i] + 16) & 15) << 4);
+                });
         case IQ4_NL:
-            return encode_one_scale<Nonlinear>(x, cols, importance, 7, 3.0f, [&](int64_t block, float d, const int32_t* q) {
-                uint8_t* p = out + 18 * block;
-                put_half(p, d);
-                for (int i = 0; i < 16; ++i) p[2 + i] = static_cast<uint8_t>(q[i] | q[16 + i] << 4);
-            });
+            return encode_one_scale<Nonlinear>(x, cols, importance, 7, 3.0f,
+                                               [&](int64_t block, float d, const int32_t* q) {
+                                                   uint8_t* p = out + 18 * block;
+                                                   put_half(p, d);
+                                                   for (int i = 0; i < 16; ++i)
+                                                       p[2 + i] = static_cast<uint8_t>(q[i] | q[16 + i] << 4);
+                                               });
         case Q4_K: return encode_minimum_type<Q4_K>(x, cols, importance, out);
         case Q5_K: return encode_minimum_type<Q5_K>(x, cols, importance, out);
         case Q6_K: return encode_q6_k(x, cols, importance, out);
