@@ -65,8 +65,12 @@ def gdn(
     history: F32 | None = None,  # [T, Hv, K, V]: the state after each token too (forces the recurrent form)
 ) -> None:
     """One sequence through a Gated DeltaNet mixer between its projections: causal depthwise convolution and SiLU,
-    l2norm of q and k (1e-6 on the sum), q *= K^-0.5, decay exp(ssm_a * softplus(a + dt_bias)), beta = sigmoid(b) (times 2 with
-    allow_neg_eigval), the delta rule, then per head RMSNorm(eps) * norm * SiLU(gate). Float32 throughout."""
+    l2norm of q and k (1e-6 on the sum), q *= K^-0.5, decay exp(ssm_a * softplus(a + dt_bias)), beta = sigmoid(b)
+    (times 2 with allow_neg_eigval), the delta rule, then per head RMSNorm(eps) * norm * SiLU(gate). State in float32.
+
+    Up to 16 tokens go token by token whatever `chunked` says: bit for bit the same in one call or one at a time. Longer
+    calls go in chunks of 16, the same to rounding (about 1e-6), and bit for bit however they are cut at multiples of 16
+    into calls of more than 16. Results never depend on the number of threads."""
 
 def attention(
     q: F32,  # [T, H d]: rows at positions start .. start + T - 1
@@ -77,7 +81,8 @@ def attention(
     out: F32,  # [T, H d]
 ) -> None:
     """Causal softmax attention over stored keys and values, scale head_dim^-0.5; query head h reads kv head
-    h // (H / Hkv). With a window, a token sees itself and the window - 1 tokens before it."""
+    h // (H / Hkv). With a window, a token sees itself and the window - 1 tokens before it. A row of Q8_0 is whole blocks
+    of 32 (34 bytes each), the last padded with zeros. Results never depend on the number of threads."""
 
 def store_kv(x: F32, table: NDArray[np.uint64], which: int, block: int, kv_type: int, start: int, kv_heads: int,
              head_dim: int) -> None:
