@@ -81,8 +81,8 @@ def attention(
     out: F32,  # [T, H d]
 ) -> None:
     """Causal softmax attention over stored keys and values, scale head_dim^-0.5; query head h reads kv head
-    h // (H / Hkv). With a window, a token sees itself and the window - 1 tokens before it. A row of Q8_0 is whole blocks
-    of 32 (34 bytes each), the last padded with zeros. Results never depend on the number of threads."""
+    h // (H / Hkv). With a window, a token sees itself and the window - 1 tokens before it. A row of Q8_0 is whole
+    blocks of 32 (34 bytes each), the last padded with zeros. Results never depend on the number of threads."""
 
 def store_kv(x: F32, table: NDArray[np.uint64], which: int, block: int, kv_type: int, start: int, kv_heads: int,
              head_dim: int) -> None:
