@@ -20,7 +20,7 @@ MAY = {
     "formats": {"config", "text", "native"},
     "model": {"config", "formats", "ops"},
     "engine": {"config", "text", "formats", "native", "ops"},
-    "quantize": {"formats", "native", "engine"},
+    "quantize": {"config", "formats", "native", "engine"},
     "store": {"config", "formats", "quantize"},
     "data": {"config", "text"},
     "evals": {"text", "data"},

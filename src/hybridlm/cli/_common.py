@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from contextlib import suppress
@@ -63,7 +64,15 @@ def print_json(figures: dict[str, Any]) -> None:
 
 
 def note(line: str) -> None:
-    """A line for people, on stderr, so that stdout stays the result alone."""
+    """A line for people, on stderr, so that stdout stays the result alone; in a terminal wrapped at words, and dim."""
+    if sys.stderr.isatty():
+        import shutil
+        import textwrap
+
+        width = shutil.get_terminal_size().columns
+        line = "\n".join(part if len(part) < width else textwrap.fill(part, width) for part in line.split("\n"))
+        if not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+            line = f"\x1b[2m{line}\x1b[0m"
     print(line, file=sys.stderr, flush=True)
 
 
