@@ -156,6 +156,19 @@ def test_convert_quantize_inspect(cli, micro, tmp_path):
     assert "cannot be written" in cli("convert", micro, q4, "--type", "iq2_xxs")[2]
 
 
+def test_quantize_by_what_matters(cli, micro, tmp_path):
+    bf16, text, matrix = tmp_path / "m.gguf", tmp_path / "a.txt", tmp_path / "m.imatrix"
+    text.write_text("the cat sat on the mat, 12345 times; naïve façade " * 20)
+    cli("convert", micro, bf16, "--type", "bf16")
+    made = {}
+    for name, options in {"plain": [], "read": ["--calibrate", text, "--imatrix", matrix], "kept": ["--imatrix", matrix]
+                          }.items():
+        assert cli("quantize", bf16, tmp_path / name, "--type", "q4_0", *options)[0] == 0
+        made[name] = (tmp_path / name).read_bytes()
+    assert made["read"] == made["kept"] != made["plain"]
+    assert "no importance matrix" in cli("quantize", bf16, tmp_path / "x", "--imatrix", bf16)[2]
+
+
 def test_eval_bpb_is_the_formula(cli, gguf, tmp_path):
     text = "the cat sat on the mat, 12345 times; naïve façade\n" * 3
     (tmp_path / "a.txt").write_text(text)

@@ -20,7 +20,7 @@ MAY = {
     "formats": {"config", "text", "native"},
     "model": {"config", "formats", "ops"},
     "engine": {"config", "text", "formats", "native", "ops"},
-    "quantize": {"config", "formats", "native", "engine"},
+    "quantize": {"config", "text", "formats", "native", "engine", "evals"},
     "store": {"config", "formats", "quantize"},
     "data": {"config", "text"},
     "evals": {"text", "data"},
