@@ -25,6 +25,15 @@ ATTENTION_LAYERS, D = 8, 128
 F16, Q8_0 = 1, 8
 
 
+def buffer(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros as an engine should allocate what is streamed: at once, for the system's large pages, and on a cache line
+    (numpy's own large arrays begin 16 bytes after one, and every vector then straddles two)."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.full(size + 64, 0, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first:first + size].view(dtype).reshape(shape)
+
+
 class DeltaNet:
     """Inputs and the states of all layers; `run(layer, ...)` is one call of the mixer."""
 
@@ -36,8 +45,7 @@ class DeltaNet:
         self.tokens = tokens
         self.rows = (normal(tokens, keys), normal(tokens, keys), normal(tokens, values), normal(tokens, HEADS),
                      normal(tokens, HEADS), normal(tokens, values))
-        # One allocation for all states, as an engine has it: large enough for the system's large pages.
-        self.states = np.full((LAYERS, HEADS, K, V), 0, np.float32)
+        self.states = buffer((LAYERS, HEADS, K, V), np.float32)
         self.layers = [(normal(keys, TAPS), normal(keys, TAPS), normal(values, TAPS), -np.exp(normal(HEADS)),
                         normal(HEADS), normal(V), np.zeros((2 * keys + values, TAPS - 1), np.float32),
                         state) for state in self.states]
@@ -55,7 +63,7 @@ class Attention:
         count = -(-context // block)
         self.kv_type, self.block, self.start = kv_type, block, context - tokens
         size = HEADS * block * row
-        self.memory = np.full(2 * count * layers * size, 0, np.uint8)
+        self.memory = buffer((2 * count * layers * size,), np.uint8)
         addresses = self.memory.ctypes.data + size * np.arange(2 * count * layers, dtype=np.uint64)
         self.tables = addresses.reshape(layers, count, 2)
         x = rng.standard_normal((context, HEADS * D), np.float32)
@@ -86,7 +94,7 @@ def main() -> None:
     step_bytes = 2 * sum(a.nbytes for a in step.layers[0][-2:]) + sum(a.nbytes for a in step.layers[0][:3])
     decode = {name: Attention(1, args.context, kind, rng, 2) for name, kind in (("f16", F16), ("q8_0", Q8_0))}
     prefill = Attention(args.prompt, max(args.prompt, args.context // 2), F16, rng, 1)
-    same, large = (np.ones((n, state_bytes // 4), np.float32) for n in (LAYERS, 256))
+    same, large = (buffer((n, state_bytes // 4), np.float32) for n in (LAYERS, 256))
     reading = np.ones((8, 1 << 27), np.uint8)
     norm_x, norm_w = np.ones((1, 384), np.float32), np.ones(384, np.float32)
     norm_out = np.empty_like(norm_x)
