@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from hybridlm.errors import DataError
 __all__ = ["quickstart"]
 
 HELD_OUT = 32  # one file in so many
-HELD_OUT_BYTES = 150_000  # enough for three digits, little enough to score in seconds
+HELD_OUT_BYTES = 100_000  # enough for three digits, little enough to score in seconds
 TRAIN_BYTES = 6_000_000  # more than is read in the time
 PROMPT = "def read_lines(path):\n"
 
@@ -34,8 +35,6 @@ def quickstart(out: Path, *, seconds: float = 90.0) -> None:
 
     Stopped and run again, it goes on where it was. Raises a `HybridLMError` where a stage cannot be done.
     """
-    import torch
-
     from hybridlm.train import run
 
     began = time.monotonic()
@@ -48,9 +47,9 @@ def quickstart(out: Path, *, seconds: float = 90.0) -> None:
     _title(f"2  Tokenizer, then {seconds:.0f} seconds of training a hybrid of a million weights")
     run("tiny", {
         "data": str(train), "val": str(held_out), "out": str(out), "vocab": "2048", "seconds": str(seconds),
-        "batch": "8", "sequence": "256", "lr": "6e-3", "warmup": "20", "decay": "0.4", "val_every": "100",
+        "batch": "4", "sequence": "256", "lr": "5e-3", "warmup": "20", "decay": "0.5", "val_every": "100",
         "val_tokens": "8000", "save_every": "100", "dtype": "bfloat16" if _fast_bfloat16() else "float32",
-        "threads": str(min(8, torch.get_num_threads())), "tensorboard": "false",
+        "threads": str(min(8, _cores())), "tensorboard": "false",
     })
 
     _title("3  One file: GGUF, weights in 8 bits")
@@ -146,6 +145,10 @@ def _generate(gguf: Path) -> None:
                "--stats"]
     _say("$ hybridlm " + " ".join(json.dumps(c) if " " in c else c for c in command) + "\n")
     subprocess.run([sys.executable, "-m", "hybridlm.cli", *command], check=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fast_bfloat16() -> bool:

@@ -17,8 +17,6 @@ def command(
     The corpus is the Python standard library of this machine; nothing is downloaded. OUT/hf is the trained model,
     OUT/model-q8_0.gguf what `hybridlm generate` opens.
     """
-    import torch  # noqa: F401 - if it is missing, say so before anything else does
-
     from hybridlm.quickstart import quickstart
 
     quickstart(out, seconds=seconds)

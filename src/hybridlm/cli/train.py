@@ -30,8 +30,6 @@ def command(
         if key in changes:
             raise typer.BadParameter(f"{key} is given twice", param_hint="KEY=VALUE")
         changes[key] = value
-    import torch  # noqa: F401 - if it is missing, say so before anything else does
-
     from hybridlm.train import run
 
     run(recipe, changes)
