@@ -34,7 +34,9 @@ def command(
                                  param_hint="SRC")
     with Stages() as stages:
         folder = weights(source, progress=stages)
-        summary = convert(folder, out, type.lower(), lambda done, total, *_: stages(f"writing {out}", done, total))
+        name = None if path.is_dir() else source.partition("@")[0].rpartition("/")[2]
+        summary = convert(folder, out, type.lower(), lambda done, total, *_: stages(f"writing {out}", done, total),
+                          name=name)
     print_json(summary.to_dict()) if json else show(summary)
 
 
