@@ -194,7 +194,10 @@ def _fetch_weights(found: hub.Repository, small: list[str], folder: Path, room: 
     if source := _from_hub_cache(found, names):
         require_space(folder, room, what)
         return source
-    require_space(folder, hub.missing_bytes(found, names, folder) + room, what)
+    to_come = hub.missing_bytes(found, names, folder)
+    require_space(folder, to_come + room, what)
+    if to_come > 1e8:
+        report(f"{found.id}: {to_come / 1e9:.1f} GB to download, into {home()}", 0, 0)
     hub.fetch(found, names, folder, report)
     return folder
 
