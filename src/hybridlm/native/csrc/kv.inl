@@ -27,11 +27,10 @@ HLM_INLINE V kv_load_part(const uint8_t* row, int64_t i, int n) {
 }
 
 template <int TYPE>
-HLM_INLINE float kv_scale(const uint8_t* row, int64_t i) {
-    if (TYPE != KV_Q8_0) return 1;
+HLM_INLINE V kv_scale(const uint8_t* row, int64_t i) {
     uint16_t half;
     memcpy(&half, row + i / 32 * 34, 2);
-    return half1(half);
+    return set1_half(half);
 }
 
 template <int TYPE>
@@ -39,7 +38,7 @@ static void kv_convert(const uint8_t* rows, int64_t row_bytes, int64_t n, int64_
     for (int64_t j = 0; j < n; j++, rows += row_bytes, to += stride) {
         for (int64_t i = 0; i < d; i += L) {
             V y = i + L <= d ? kv_load<TYPE>(rows, i) : kv_load_part<TYPE>(rows, i, int(d - i));
-            if (TYPE == KV_Q8_0) y = mul(y, set1(kv_scale<TYPE>(rows, i)));
+            if (TYPE == KV_Q8_0) y = mul(y, kv_scale<TYPE>(rows, i));
             store(to + i, y);
         }
     }
@@ -60,7 +59,7 @@ HLM_INLINE void kv_products(const float* q, int64_t q_stride, const uint8_t* con
         for (; i + 32 <= d; i += 32) {
             V scale[COUNT];
             HLM_UNROLL
-            for (int g = 0; g < COUNT; g++) scale[g] = set1(kv_scale<TYPE>(key[g], i));
+            for (int g = 0; g < COUNT; g++) scale[g] = kv_scale<TYPE>(key[g], i);
             V part[ROWS][COUNT];
             HLM_UNROLL
             for (int e = 0; e < 32; e += L) {
@@ -85,7 +84,7 @@ HLM_INLINE void kv_products(const float* q, int64_t q_stride, const uint8_t* con
         HLM_UNROLL
         for (int g = 0; g < COUNT; g++) {
             V y = i + L <= d ? kv_load<TYPE>(key[g], i) : kv_load_part<TYPE>(key[g], i, int(d - i));
-            if (TYPE == KV_Q8_0) y = mul(y, set1(kv_scale<TYPE>(key[g], i)));
+            if (TYPE == KV_Q8_0) y = mul(y, kv_scale<TYPE>(key[g], i));
             HLM_UNROLL
             for (int r = 0; r < ROWS; r++) acc[r][g] = fma(load(q + r * q_stride + i), y, acc[r][g]);
         }
@@ -143,7 +142,7 @@ HLM_INLINE void kv_weigh_columns(const float* p, int64_t p_stride, const uint8_t
         for (int c = 0; c < NR; c++) {
             if (TYPE == KV_Q8_0 && (c * L % 32 == 0)) {  // a new block, where i is the start of one
                 HLM_UNROLL
-                for (int r = 0; r < ROWS; r++) w[r] = set1(p[r * p_stride + j] * kv_scale<TYPE>(v, i + c * L));
+                for (int r = 0; r < ROWS; r++) w[r] = mul(set1(p[r * p_stride + j]), kv_scale<TYPE>(v, i + c * L));
             }
             const V y = kv_load<TYPE>(v, i + c * L);
             HLM_UNROLL
@@ -171,7 +170,7 @@ static void kv_weigh(const float* p, int64_t p_stride, const uint8_t* v, int64_t
         const int part = int(d - i);
         for (int64_t j = 0; j < n; j++) {
             V y = kv_load_part<TYPE>(v + j * row_bytes, i, part);
-            if (TYPE == KV_Q8_0) y = mul(y, set1(kv_scale<TYPE>(v + j * row_bytes, i)));
+            if (TYPE == KV_Q8_0) y = mul(y, kv_scale<TYPE>(v + j * row_bytes, i));
             for (int r = 0; r < ROWS; r++)
                 store(o + r * o_stride + i, fma(set1(p[r * p_stride + j]), y, load(o + r * o_stride + i)));
         }

@@ -73,15 +73,6 @@ HLM_INLINE uint16_t float_to_half(float f) {  // to nearest, ties to even
     return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
 }
 
-// The same by the processor where it can.
-HLM_INLINE float half1(uint16_t h) {
-#if defined(HLM_AVX512) || defined(HLM_AVX2)
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
-#else
-    return half_to_float(h);
-#endif
-}
-
 HLM_INLINE void prefetch(const void* p) {
 #if defined(_MSC_VER)
     _mm_prefetch((const char*)p, _MM_HINT_T0);
@@ -145,6 +136,7 @@ HLM_INLINE float hmax(V x) { return _mm512_reduce_max_ps(x); }
 HLM_INLINE V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 HLM_INLINE V scale2(V x, V n) { return _mm512_scalef_ps(x, n); }  // x 2^n for whole n
 HLM_INLINE V load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+HLM_INLINE V set1_half(uint16_t h) { return _mm512_cvtph_ps(_mm256_set1_epi16(short(h))); }
 HLM_INLINE void store_half(uint16_t* p, V x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -212,6 +204,7 @@ HLM_INLINE V scale2(V x, V n) {  // in two halves, so that neither leaves the ra
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
 HLM_INLINE V load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+HLM_INLINE V set1_half(uint16_t h) { return _mm256_cvtph_ps(_mm_set1_epi16(short(h))); }
 HLM_INLINE void store_half(uint16_t* p, V x) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -266,6 +259,7 @@ HLM_INLINE V scale2(V x, V n) {
     return vmulq_f32(x, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(rest, bias), 23)));
 }
 HLM_INLINE V load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+HLM_INLINE V set1_half(uint16_t h) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))); }
 HLM_INLINE void store_half(uint16_t* p, V x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 HLM_INLINE V load_int8(const int8_t* p) {
     int32_t four;
@@ -304,6 +298,7 @@ HLM_INLINE float hmax(V x) { return x; }
 HLM_INLINE V round(V x) { return rintf(x); }
 HLM_INLINE V scale2(V x, V n) { return ldexpf(x, n == n ? int(n) : 0); }
 HLM_INLINE V load_half(const uint16_t* p) { return half_to_float(*p); }
+HLM_INLINE V set1_half(uint16_t h) { return half_to_float(h); }
 HLM_INLINE void store_half(uint16_t* p, V x) { *p = float_to_half(x); }
 HLM_INLINE V load_int8(const int8_t* p) { return float(*p); }
 HLM_INLINE void store_int8(int8_t* p, V x) { *p = int8_t(x); }
