@@ -1,10 +1,10 @@
 // Rows of floats to blocks of a ggml type and back.
 //
 // The way back gives the floats that gguf's own decoder gives. The way there looks for the scale with the least squared
-// error (weighed by `importance` where given): for a handful of scales it rounds every weight, solves for the scale
-// that fits these roundings best, and keeps the best pair. Blocks lie side by side in an inner loop of fixed length
-// (`group`), which compilers turn into vector code without being asked in an instruction set's own words. Q8_0 is the
-// exception: the largest magnitude becomes 127, as everybody does it.
+// error (weighed by `importance` where given): for a handful of scales it rounds every weight, solves for the scale that
+// fits these roundings best, and keeps the best pair. Blocks lie side by side in vectors of one number each (`Each`, of
+// the compiler's own vector arithmetic), so every block is worked out the same way whatever the instruction set. Q8_0 is
+// the exception: the largest magnitude becomes 127, as everybody does it.
 
 // ---- back to floats ------------------------------------------------------------------------------------------------
 
@@ -128,132 +128,160 @@ void decode(int type, const uint8_t* p, float* out, int64_t count) {
 
 HYBRIDLM_INLINE float magnitude(float f) { return from_bits(to_bits(f) & 0x7fffffff); }
 HYBRIDLM_INLINE int32_t clip(int32_t q, int32_t low, int32_t high) { return q < low ? low : q > high ? high : q; }
+HYBRIDLM_INLINE bool is_finite(float f) { return (to_bits(f) & 0x7f800000u) != 0x7f800000u; }
+HYBRIDLM_INLINE float round_f16(float f) { return from_f16(to_f16(f)); }
 
-// The numbers that a code can stand for, before the scale.
+// Blocks are worked on side by side, a number of each in a vector.
+#if defined(HYBRIDLM_AVX512)
+constexpr int group = 16;
+#elif defined(HYBRIDLM_AVX2)
+constexpr int group = 8;
+#else
+constexpr int group = 4;
+#endif
+#if defined(__GNUC__)
+typedef float Each __attribute__((vector_size(4 * group)));
+typedef int32_t Which __attribute__((vector_size(4 * group)));
+HYBRIDLM_INLINE Each pick(Which which, Each a, Each b) { return which ? a : b; }
+#else
+struct Which {
+    bool v[group];
+    friend Which operator&(Which a, Which b) { for (int i = 0; i < group; ++i) a.v[i] = a.v[i] && b.v[i]; return a; }
+};
+struct Each {
+    float v[group];
+    float& operator[](int i) { return v[i]; }
+    float operator[](int i) const { return v[i]; }
+#define HYBRIDLM_EACH(op) \
+    friend Each operator op(Each a, Each b) { for (int i = 0; i < group; ++i) a.v[i] = a.v[i] op b.v[i]; return a; } \
+    friend Each operator op(Each a, float b) { for (int i = 0; i < group; ++i) a.v[i] = a.v[i] op b; return a; } \
+    friend Each operator op(float a, Each b) { for (int i = 0; i < group; ++i) b.v[i] = a op b.v[i]; return b; }
+    HYBRIDLM_EACH(+) HYBRIDLM_EACH(-) HYBRIDLM_EACH(*) HYBRIDLM_EACH(/)
+#undef HYBRIDLM_EACH
+#define HYBRIDLM_EACH(op) \
+    friend Which operator op(Each a, Each b) { Which m; for (int i = 0; i < group; ++i) m.v[i] = a.v[i] op b.v[i]; return m; } \
+    friend Which operator op(Each a, float b) { Which m; for (int i = 0; i < group; ++i) m.v[i] = a.v[i] op b; return m; }
+    HYBRIDLM_EACH(<) HYBRIDLM_EACH(>) HYBRIDLM_EACH(<=) HYBRIDLM_EACH(>=)
+#undef HYBRIDLM_EACH
+    Each& operator+=(Each b) { return *this = *this + b; }
+    Each operator-() const { return 0.0f - *this; }
+};
+HYBRIDLM_INLINE Each pick(Which which, Each a, Each b) {
+    for (int i = 0; i < group; ++i) a.v[i] = which.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+#endif
+HYBRIDLM_INLINE Each same_each(float v) { return v - Each{}; }
+HYBRIDLM_INLINE Each size_of(Each v) { return pick(v < 0.0f, -v, v); }
+HYBRIDLM_INLINE Each limit(Each v, float low, float high) {
+    v = pick(v < same_each(low), same_each(low), v);
+    return pick(v > same_each(high), same_each(high), v);
+}
+HYBRIDLM_INLINE Each nearest(Each v) { return (v + 12582912.0f) - 12582912.0f; }
+HYBRIDLM_INLINE Each reciprocal(Each v) { return pick(size_of(v) > same_each(1e-30f), 1.0f / v, Each{}); }
+HYBRIDLM_INLINE Each round_f16(Each v) {
+    for (int b = 0; b < group; ++b) v[b] = round_f16(v[b]);
+    return v;
+}
+HYBRIDLM_INLINE float reciprocal(float v) { return magnitude(v) > 1e-30f ? 1.0f / v : 0.0f; }
+
+// The numbers that a code can stand for, before the scale, and the codes, counted from 0.
 template <int half> struct Even {  // -half .. half - 1
     static constexpr float reach = half;
-    static HYBRIDLM_INLINE int32_t code(float x) { return clip(nearest(x), -half, half - 1); }
-    static HYBRIDLM_INLINE float value(float x) { return static_cast<float>(code(x)); }
+    static HYBRIDLM_INLINE Each value(Each x) { return limit(nearest(x), -half, half - 1); }
+    static HYBRIDLM_INLINE Each code(Each x) { return value(x) + static_cast<float>(half); }
 };
 struct Nonlinear {
     static constexpr float reach = 127;
-    static HYBRIDLM_INLINE int32_t code(float x) {
-        int32_t c = 0;
-        for (int k = 0; k < 15; ++k) c += x > 0.5f * static_cast<float>(nonlinear[k] + nonlinear[k + 1]);
+    static HYBRIDLM_INLINE float middle(int k) { return 0.5f * static_cast<float>(nonlinear[k] + nonlinear[k + 1]); }
+    static HYBRIDLM_INLINE Each value(Each x) {
+        Each v = same_each(-127.0f);
+        HYBRIDLM_UNROLL
+        for (int k = 0; k < 15; ++k)
+            v = pick(x > same_each(middle(k)), v + static_cast<float>(nonlinear[k + 1] - nonlinear[k]), v);
+        return v;
+    }
+    static HYBRIDLM_INLINE Each code(Each x) {
+        Each c{};
+        for (int k = 0; k < 15; ++k) c = pick(x > same_each(middle(k)), c + 1.0f, c);
         return c;
     }
-    static HYBRIDLM_INLINE float value(float x) {
-        int32_t v = -127;
-        for (int k = 0; k < 15; ++k)
-            v += x > 0.5f * static_cast<float>(nonlinear[k] + nonlinear[k + 1]) ? nonlinear[k + 1] - nonlinear[k] : 0;
-        return static_cast<float>(v);
-    }
 };
 
-constexpr int group = 8;  // blocks side by side
-
-// Blocks side by side: [column][block].
+// A group of blocks by column. Where there are fewer, the rest is zero.
 template <int columns> struct Side {
-    alignas(64) float x[columns][group];
-    alignas(64) float weight[columns][group];
-    void take(const float* from, int64_t step, int blocks, const float* importance) {
-        for (int b = 0; b < group; ++b) {
-            for (int i = 0; i < columns; ++i) {
-                x[i][b] = b < blocks ? from[b * step + i] : 0.0f;
-                weight[i][b] = b < blocks && importance ? importance[b * step + i] : 1.0f;
-            }
+    Each x[columns];
+    Each weight[columns];
+    Each largest;  // of the largest magnitude
+    HYBRIDLM_INLINE void take(const float* from, int blocks, const float* importance) {
+        largest = Each{};
+        for (int i = 0; i < columns; ++i) {
+            Each a{}, w = same_each(1.0f);
+            for (int b = 0; b < blocks; ++b) a[b] = from[b * columns + i];
+            if (importance)
+                for (int b = 0; b < blocks; ++b) w[b] = importance[b * columns + i];
+            x[i] = a, weight[i] = w;
+            largest = pick(size_of(a) > size_of(largest), a, largest);
         }
     }
 };
 
-// How well grid values times a scale can match: fits[b] = (sum w x v)^2 / (sum w v^2) is what the squared error falls
-// by, and scale[b] does it.
-template <class Grid, int columns>
-HYBRIDLM_INLINE void fit(const Side<columns>& s, const float* inverse, float* scale, float* fits) {
-    alignas(64) float xv[group] = {}, vv[group] = {};
-    for (int i = 0; i < columns; ++i) {
-        for (int b = 0; b < group; ++b) {
-            float v = Grid::value(s.x[i][b] * inverse[b]), wv = s.weight[i][b] * v;
-            xv[b] += wv * s.x[i][b];
-            vv[b] += wv * v;
-        }
-    }
-    for (int b = 0; b < group; ++b) {
-        scale[b] = vv[b] > 0 ? xv[b] / vv[b] : 0.0f;
-        fits[b] = xv[b] * scale[b];
-    }
-}
-
-HYBRIDLM_INLINE float reciprocal(float s) { return magnitude(s) > 1e-30f ? 1.0f / s : 0.0f; }
-
-// The best scale of each block. The largest magnitude is put on, just inside or just outside the end of the grid that
+// The best scale of each block, and what the squared error falls by with it: (sum w x v)^2 / (sum w v^2), v being the grid
+// values that the scale rounds to. The largest magnitude is put on, just inside or just outside the end of the grid that
 // reaches furthest, on that side and on the other.
-template <class Grid, int columns> void best_scales(const Side<columns>& s, int tries, float step, float* best) {
-    alignas(64) float largest[group] = {}, inverse[group], scale[group], fits[group], most[group] = {};
-    for (int i = 0; i < columns; ++i)
-        for (int b = 0; b < group; ++b)
-            largest[b] = magnitude(s.x[i][b]) > magnitude(largest[b]) ? s.x[i][b] : largest[b];
-    for (int b = 0; b < group; ++b) best[b] = 0;
-    auto keep = [&] {
-        for (int b = 0; b < group; ++b) {
-            bool better = fits[b] > most[b];
-            most[b] = better ? fits[b] : most[b];
-            best[b] = better ? scale[b] : best[b];
+template <class Grid, int columns> struct Search {
+    const Side<columns>& s;
+    Each best{}, most{};
+    HYBRIDLM_INLINE void attempt(Each inverse) {
+        Each xv{}, vv{};
+        for (int i = 0; i < columns; ++i) {
+            Each v = Grid::value(s.x[i] * inverse), wv = s.weight[i] * v;
+            xv += wv * s.x[i];
+            vv += wv * v;
         }
-    };
-    for (int side = 0; side < 2; ++side) {
+        Each scale = pick(vv > Each{}, xv / vv, Each{}), fits = xv * scale;
+        Which better = fits > most;
+        most = pick(better, fits, most);
+        best = pick(better, scale, best);
+    }
+    void run(int tries, float step, int turns) {
+        Each unit = reciprocal(s.largest);
         for (int k = -tries; k <= tries; ++k) {
-            float reach = (Grid::reach + step * static_cast<float>(k)) * (side ? 1.0f : -1.0f);
-            for (int b = 0; b < group; ++b) inverse[b] = reach * reciprocal(largest[b]);
-            fit<Grid>(s, inverse, scale, fits);
-            keep();
+            attempt((Grid::reach + step * static_cast<float>(k)) * unit);
+            attempt((-Grid::reach - step * static_cast<float>(k)) * unit);
         }
+        for (int turn = 0; turn < turns; ++turn) attempt(reciprocal(best));
     }
-    for (int turn = 0; turn < 3; ++turn) {
-        for (int b = 0; b < group; ++b) inverse[b] = reciprocal(best[b]);
-        fit<Grid>(s, inverse, scale, fits);
-        keep();
-    }
-}
+};
 
 // Squared error of each block with the scale that will be stored.
-template <class Grid, int columns> void errors(const Side<columns>& s, const float* scale, float* error) {
-    alignas(64) float inverse[group], sum[group] = {};
-    for (int b = 0; b < group; ++b) inverse[b] = reciprocal(scale[b]);
+template <class Grid, int columns> HYBRIDLM_INLINE Each errors(const Side<columns>& s, Each scale) {
+    Each inverse = reciprocal(scale), sum{};
     for (int i = 0; i < columns; ++i) {
-        for (int b = 0; b < group; ++b) {
-            float e = Grid::value(s.x[i][b] * inverse[b]) * scale[b] - s.x[i][b];
-            sum[b] += s.weight[i][b] * e * e;
-        }
+        Each e = Grid::value(s.x[i] * inverse) * scale - s.x[i];
+        sum += s.weight[i] * e * e;
     }
-    for (int b = 0; b < group; ++b) error[b] = sum[b];
+    return sum;
 }
 
-template <class Grid, class Pack> HYBRIDLM_INLINE void encode_one_scale(const float* x, int64_t cols,
-                                                                        const float* importance, int tries, float step,
-                                                                        Pack pack) {
+template <class Grid, class Pack>
+HYBRIDLM_INLINE void encode_one_scale(const float* x, int64_t cols, const float* importance, int tries, float step, Pack pack) {
     Side<32> s;
     for (int64_t first = 0; first < cols / 32; first += group) {
         const int blocks = static_cast<int>(smaller(group, cols / 32 - first));
-        s.take(x + 32 * first, 32, blocks, importance ? importance + 32 * first : nullptr);
-        alignas(64) float best[group], plain[group], with_best[group], with_plain[group];
-        best_scales<Grid>(s, tries, step, best);
-        for (int b = 0; b < group; ++b) {
-            float largest = 0;
-            for (int i = 0; i < 32; ++i) largest = magnitude(s.x[i][b]) > magnitude(largest) ? s.x[i][b] : largest;
-            plain[b] = from_f16(to_f16(largest / -Grid::reach));
-            best[b] = from_f16(to_f16(best[b]));
-        }
-        errors<Grid>(s, best, with_best);
-        errors<Grid>(s, plain, with_plain);
+        s.take(x + 32 * first, blocks, importance ? importance + 32 * first : nullptr);
+        Search<Grid, 32> search{s};
+        search.run(tries, step, 2);
+        Each best = round_f16(search.best), plain = round_f16(s.largest * (-1.0f / Grid::reach));
+        Each d = pick(errors<Grid>(s, best) <= errors<Grid>(s, plain), best, plain), inverse = reciprocal(d);
+        Each codes[32];
+        for (int i = 0; i < 32; ++i) codes[i] = Grid::code(s.x[i] * inverse);
         for (int b = 0; b < blocks; ++b) {
-            float d = with_best[b] <= with_plain[b] ? best[b] : plain[b], inverse = reciprocal(d);
-            for (int i = 0; i < 32; ++i)
-                if ((to_bits(s.x[i][b]) & 0x7f800000u) == 0x7f800000u)
-                    d = from_bits(0x7fc00000);  // not finite: let it show
-            int32_t code[32];
-            for (int i = 0; i < 32; ++i) code[i] = Grid::code(s.x[i][b] * inverse);
-            pack(first + b, d, code);
+            bool finite = true;
+            for (int i = 0; i < 32; ++i) finite &= is_finite(x[32 * (first + b) + i]);
+            uint8_t code[32];
+            for (int i = 0; i < 32; ++i) code[i] = finite ? static_cast<uint8_t>(codes[i][b]) : 0;
+            pack(first + b, finite ? d[b] : from_bits(0x7fc00000), code);  // not finite: let it show
         }
     }
 }
@@ -279,166 +307,201 @@ inline void encode_q8_0(const float* x, int64_t cols, uint8_t* p) {
 
 // ---- to blocks: scales of scales -----------------------------------------------------------------------------------
 
-// Sums over a block of 32 that say everything about fitting x by scale * q + offset, for the q that it rounds to.
+// Super-blocks of 256 that are worked on together, as `parts` groups of their blocks.
+template <int blocks> struct Together {
+    static constexpr int parts = group >= blocks ? 1 : blocks / group, supers = group >= blocks ? group / blocks : 1;
+};
+
+// x is close to scale * q + offset, q from 0 to `most`: sums over a block that say everything about the fit for the q that
+// it rounds to.
 struct Line {
-    alignas(64) float q[group], qq[group], xq[group];
-};
-struct Moments {
-    alignas(64) float w[group], x[group], xx[group];
+    Each q, qq, xq;
 };
 
-HYBRIDLM_INLINE void line(const Side<32>& s, int most, const float* inverse, const float* offset, Line& l) {
-    alignas(64) float q1[group] = {}, q2[group] = {}, xq[group] = {};
-    for (int i = 0; i < 32; ++i) {
-        for (int b = 0; b < group; ++b) {
-            float q = static_cast<float>(clip(nearest((s.x[i][b] - offset[b]) * inverse[b]), 0, most));
-            float wq = s.weight[i][b] * q;
-            q1[b] += wq;
-            q2[b] += wq * q;
-            xq[b] += wq * s.x[i][b];
-        }
-    }
-    for (int b = 0; b < group; ++b) l.q[b] = q1[b], l.qq[b] = q2[b], l.xq[b] = xq[b];
-}
-
-HYBRIDLM_INLINE float line_error(const Moments& m, const Line& l, int b, float scale, float offset) {
-    return m.xx[b] + scale * (scale * l.qq[b] - 2 * l.xq[b] + 2 * offset * l.q[b]) +
-           offset * (offset * m.w[b] - 2 * m.x[b]);
-}
-
-// One block of 256: x is close to d * scale[j] * q - dmin * minimum[j], q from 0 to `most`.
-inline void encode_with_minimum(const float* from, const float* importance, int most, float& d, float& dmin, int* scale,
-                                int* minimum, uint8_t* codes) {
+template <int most> struct Affine {
     Side<32> s;
-    s.take(from, 32, 8, importance);
-    Moments m{};
-    Line l;
-    alignas(64) float low[group] = {}, high[group], inverse[group], offset[group];
-    alignas(64) float best_scale[group] = {}, best_offset[group] = {}, best_error[group];
-    for (int b = 0; b < group; ++b) high[b] = s.x[0][b];
-    for (int i = 0; i < 32; ++i) {
-        for (int b = 0; b < group; ++b) {
-            float x = s.x[i][b], w = s.weight[i][b];
-            low[b] = x < low[b] ? x : low[b];
-            high[b] = x > high[b] ? x : high[b];
-            m.w[b] += w, m.x[b] += w * x, m.xx[b] += w * x * x;
-        }
-    }
-    for (int b = 0; b < group; ++b) best_error[b] = m.xx[b];
-    auto keep = [&] {  // fits a line through what the roundings are, with an offset that is not positive
-        for (int b = 0; b < group; ++b) {
-            float det = m.w[b] * l.qq[b] - l.q[b] * l.q[b];
-            float a = (m.w[b] * l.xq[b] - m.x[b] * l.q[b]) / det, c = (l.qq[b] * m.x[b] - l.q[b] * l.xq[b]) / det;
-            bool two = det > 0 && c <= 0;
-            a = two ? a : l.qq[b] > 0 ? l.xq[b] / l.qq[b] : 0.0f;
-            float flat = m.x[b] < 0 ? m.x[b] / m.w[b] : 0.0f;  // all rounded to 0: the offset alone
-            c = two ? c : l.qq[b] > 0 ? 0.0f : flat;
-            float error = line_error(m, l, b, a, c);
-            bool better = error < best_error[b] && a >= 0;
-            best_error[b] = better ? error : best_error[b];
-            best_scale[b] = better ? a : best_scale[b];
-            best_offset[b] = better ? c : best_offset[b];
-        }
-    };
-    for (int k = 0; k < 20; ++k) {
-        float reach = static_cast<float>(most) - 1.0f + 0.1f * static_cast<float>(k);
-        for (int b = 0; b < group; ++b) inverse[b] = reach * reciprocal(high[b] - low[b]);
-        line(s, most, inverse, low, l);
-        keep();
-    }
-    for (int turn = 0; turn < 3; ++turn) {
-        for (int b = 0; b < group; ++b) inverse[b] = reciprocal(best_scale[b]), offset[b] = best_offset[b];
-        line(s, most, inverse, offset, l);
-        keep();
-    }
+    Each low, high, w, wx, wxx;  // extremes and sums of a block; low <= 0
+    Each scale, offset, error;   // the best so far
 
-    float most_scale = 0, most_minimum = 0;
-    for (int b = 0; b < group; ++b) {
-        most_scale = best_scale[b] > most_scale ? best_scale[b] : most_scale;
-        most_minimum = -best_offset[b] > most_minimum ? -best_offset[b] : most_minimum;
+    HYBRIDLM_INLINE Line line(Each inverse, Each from) const {
+        Line l{};
+        for (int i = 0; i < 32; ++i) {
+            Each q = limit(nearest((s.x[i] - from) * inverse), 0, most), wq = s.weight[i] * q;
+            l.q += wq;
+            l.qq += wq * q;
+            l.xq += wq * s.x[i];
+        }
+        return l;
+    }
+    HYBRIDLM_INLINE Each error_of(const Line& l, Each a, Each c) const {
+        return wxx + a * (a * l.qq - 2.0f * l.xq + 2.0f * c * l.q) + c * (c * w - 2.0f * wx);
+    }
+    // Fits a line through what the roundings are, with an offset that is not positive. Where all are 0, it is level.
+    HYBRIDLM_INLINE void attempt(Each inverse, Each from) {
+        Line l = line(inverse, from);
+        Each det = w * l.qq - l.q * l.q;
+        Each a = (w * l.xq - wx * l.q) / det, c = (l.qq * wx - l.q * l.xq) / det;
+        Which two = (det > Each{}) & (c <= Each{});
+        Which level = l.qq <= Each{};
+        a = pick(two, a, pick(level, Each{}, l.xq / l.qq));
+        c = pick(two, c, pick(level, pick(wx < Each{}, wx / w, Each{}), Each{}));
+        Each e = error_of(l, a, c);
+        Which better = (e < error) & (a >= Each{});
+        error = pick(better, e, error);
+        scale = pick(better, a, scale);
+        offset = pick(better, c, offset);
+    }
+    void run(const float* from, int blocks, const float* importance) {
+        s.take(from, blocks, importance);
+        low = w = wx = wxx = scale = offset = Each{};
+        high = s.x[0];
+        for (int i = 0; i < 32; ++i) {
+            Each x = s.x[i], v = s.weight[i];
+            low = pick(x < low, x, low);
+            high = pick(x > high, x, high);
+            w += v, wx += v * x, wxx += v * x * x;
+        }
+        error = wxx;
+        Each unit = reciprocal(high - low);
+        for (int k = 0; k < 20; ++k) attempt((static_cast<float>(most) - 1.0f + 0.1f * static_cast<float>(k)) * unit, low);
+        for (int turn = 0; turn < 3; ++turn) attempt(reciprocal(scale), offset);
+    }
+};
+
+// What is stored for a super-block: x is close to d * scale[j] * q - dmin * minimum[j].
+struct Super {
+    float d = 0, dmin = 0, least = from_bits(0x7f7fffff);
+    float next_d = 0, next_dmin = 0;
+    int scale[8] = {}, minimum[8] = {};
+    bool done = false;
+};
+
+// Super-blocks at `from`: codes [256] each.
+template <int most>
+void encode_with_minimum(const float* from, const float* importance, int supers, Super* out, uint8_t* codes) {
+    constexpr int parts = Together<8>::parts;
+    Affine<most> affine[parts];
+    for (int p = 0; p < parts; ++p)
+        affine[p].run(from + 32 * group * p, static_cast<int>(smaller(group, 8 * supers)),
+                      importance ? importance + 32 * group * p : nullptr);
+    auto at = [&](int super, int j) { return 8 * super + j; };  // block number: part * group + lane
+    for (int u = 0; u < supers; ++u) {
+        float most_scale = 0, most_minimum = 0;
+        for (int j = 0; j < 8; ++j) {
+            const auto& a = affine[at(u, j) / group];
+            float scale = a.scale[at(u, j) % group], minimum = -a.offset[at(u, j) % group];
+            most_scale = scale > most_scale ? scale : most_scale;
+            most_minimum = minimum > most_minimum ? minimum : most_minimum;
+        }
+        out[u].next_d = round_f16(most_scale / 63), out[u].next_dmin = round_f16(most_minimum / 63);
     }
     // Whole-number scales and minima for the two super scales, then super scales for the whole numbers, while it helps.
-    float next_d = from_f16(to_f16(most_scale / 63)), next_dmin = from_f16(to_f16(most_minimum / 63));
-    float least = from_bits(0x7f7fffff);
-    for (int turn = 0; turn < 3; ++turn) {
-        int start_scale[group], start_minimum[group], sc[group] = {}, mn[group] = {};
-        float error[group], sum = 0;
-        Line kept{};
-        for (int b = 0; b < group; ++b) {
-            start_scale[b] = clip(nearest(best_scale[b] * reciprocal(next_d)), 0, 63);
-            start_minimum[b] = clip(nearest(-best_offset[b] * reciprocal(next_dmin)), 0, 63);
-            error[b] = from_bits(0x7f7fffff);
-        }
-        for (int ds = -1; ds <= 1; ++ds) {
-            for (int dm = -2; dm <= 2; ++dm) {
-                alignas(64) float a[group], c[group];
-                for (int b = 0; b < group; ++b) {
-                    a[b] = next_d * static_cast<float>(clip(start_scale[b] + ds, 0, 63));
-                    c[b] = -next_dmin * static_cast<float>(clip(start_minimum[b] + dm, 0, 63));
-                    inverse[b] = reciprocal(a[b]);
-                }
-                line(s, most, inverse, c, l);
-                for (int b = 0; b < group; ++b) {
-                    float e = line_error(m, l, b, a[b], c[b]);
-                    if (!(e < error[b])) continue;
-                    error[b] = e;
-                    sc[b] = clip(start_scale[b] + ds, 0, 63), mn[b] = clip(start_minimum[b] + dm, 0, 63);
-                    kept.q[b] = l.q[b], kept.qq[b] = l.qq[b], kept.xq[b] = l.xq[b];
+    for (int round = 0; round < 3; ++round) {
+        Each sc[parts], mn[parts], error[parts];
+        Line kept[parts];
+        bool more = false;
+        for (int p = 0; p < parts; ++p) {
+            auto& a = affine[p];
+            Each d{}, dmin{};
+            for (int b = 0; b < group && (group * p + b) / 8 < supers; ++b)
+                d[b] = out[(group * p + b) / 8].next_d, dmin[b] = out[(group * p + b) / 8].next_dmin;
+            Each start = limit(nearest(a.scale * reciprocal(d)), 0, 63);
+            Each start_minimum = limit(nearest(-a.offset * reciprocal(dmin)), 0, 63);
+            error[p] = same_each(from_bits(0x7f7fffff));
+            sc[p] = mn[p] = Each{};
+            kept[p] = Line{};
+            for (int ds = -1; ds <= 1; ++ds) {
+                Each scale = limit(start + static_cast<float>(ds), 0, 63), step = d * scale, inverse = reciprocal(step);
+                for (int dm = -2; dm <= 2; ++dm) {
+                    Each minimum = limit(start_minimum + static_cast<float>(dm), 0, 63), offset = -dmin * minimum;
+                    Line l = a.line(inverse, offset);
+                    Each e = a.error_of(l, step, offset);
+                    Which better = e < error[p];
+                    error[p] = pick(better, e, error[p]);
+                    sc[p] = pick(better, scale, sc[p]);
+                    mn[p] = pick(better, minimum, mn[p]);
+                    kept[p].q = pick(better, l.q, kept[p].q);
+                    kept[p].qq = pick(better, l.qq, kept[p].qq);
+                    kept[p].xq = pick(better, l.xq, kept[p].xq);
                 }
             }
         }
-        for (int b = 0; b < group; ++b) sum += error[b];
-        if (!(sum < least)) break;
-        least = sum, d = next_d, dmin = next_dmin;
-        double ss = 0, sm = 0, mm = 0, sx = 0, mx = 0;
-        for (int b = 0; b < group; ++b) {
-            scale[b] = sc[b], minimum[b] = mn[b];
-            best_scale[b] = d * static_cast<float>(sc[b]), best_offset[b] = -dmin * static_cast<float>(mn[b]);
-            double u = sc[b], v = mn[b];
-            ss += u * u * kept.qq[b], sm += u * v * kept.q[b], mm += v * v * m.w[b], sx += u * kept.xq[b],
-                mx += v * m.x[b];
+        for (int u = 0; u < supers; ++u) {
+            Super& o = out[u];
+            if (o.done) continue;
+            float sum = 0;
+            for (int j = 0; j < 8; ++j) sum += error[at(u, j) / group][at(u, j) % group];
+            if (!(sum < o.least)) {
+                o.done = true;
+                continue;
+            }
+            o.least = sum, o.d = o.next_d, o.dmin = o.next_dmin;
+            double ss = 0, sm = 0, mm = 0, sx = 0, mx = 0;
+            for (int j = 0; j < 8; ++j) {
+                const int p = at(u, j) / group, b = at(u, j) % group;
+                double q = sc[p][b], m = mn[p][b];
+                o.scale[j] = static_cast<int>(sc[p][b]), o.minimum[j] = static_cast<int>(mn[p][b]);
+                affine[p].scale[b] = o.d * sc[p][b], affine[p].offset[b] = -o.dmin * mn[p][b];
+                ss += q * q * kept[p].qq[b], sm += q * m * kept[p].q[b], mm += m * m * affine[p].w[b];
+                sx += q * kept[p].xq[b], mx += m * affine[p].wx[b];
+            }
+            double det = ss * mm - sm * sm;
+            if (det > 1e-9 * ss * mm) {
+                o.next_d = static_cast<float>((sx * mm - mx * sm) / det);
+                o.next_dmin = static_cast<float>((sx * sm - mx * ss) / det);
+            } else if (ss > 0) {
+                o.next_d = static_cast<float>(sx / ss);
+            }
+            o.next_d = round_f16(o.next_d), o.next_dmin = round_f16(o.next_dmin);
+            o.done = !(o.next_d > 0) || !(o.next_dmin >= 0) || (o.next_d == o.d && o.next_dmin == o.dmin);
+            more |= !o.done;
         }
-        double det = ss * mm - sm * sm;
-        if (det > 1e-9 * ss * mm) {
-            next_d = static_cast<float>((sx * mm - mx * sm) / det);
-            next_dmin = static_cast<float>((sx * sm - mx * ss) / det);
-        } else if (ss > 0) {
-            next_d = static_cast<float>(sx / ss);
-        }
-        next_d = from_f16(to_f16(next_d)), next_dmin = from_f16(to_f16(next_dmin));
-        if (!(next_d > 0) || !(next_dmin >= 0) || (next_d == d && next_dmin == dmin)) break;
+        if (!more) break;
     }
-    for (int j = 0; j < 8; ++j) {
-        float a = d * static_cast<float>(scale[j]), c = -dmin * static_cast<float>(minimum[j]), inv = reciprocal(a);
-        for (int i = 0; i < 32; ++i)
-            codes[32 * j + i] = static_cast<uint8_t>(clip(nearest((s.x[i][j] - c) * inv), 0, most));
+    for (int u = 0; u < supers; ++u) {
+        for (int j = 0; j < 8; ++j) {
+            const float* x = from + 256 * u + 32 * j;
+            float a = out[u].d * static_cast<float>(out[u].scale[j]), c = -out[u].dmin * static_cast<float>(out[u].minimum[j]);
+            float inverse = reciprocal(a);
+            uint8_t* code = codes + 256 * u + 32 * j;
+            for (int i = 0; i < 32; ++i) code[i] = static_cast<uint8_t>(clip(nearest((x[i] - c) * inverse), 0, most));
+        }
     }
 }
 
+HYBRIDLM_INLINE bool all_finite(const float* x) {
+    bool finite = true;
+    for (int i = 0; i < 256; ++i) finite &= is_finite(x[i]);
+    return finite;
+}
+
 template <int type> void encode_minimum_type(const float* x, int64_t cols, const float* importance, uint8_t* p) {
-    constexpr int most = type == Q4_K ? 15 : 31, bytes = type == Q4_K ? 144 : 176;
-    for (int64_t first = 0; first < cols; first += 256, p += bytes) {
-        float d = 0, dmin = 0;
-        int scale[8] = {}, minimum[8] = {};
-        uint8_t codes[256] = {};
-        bool finite = true;
-        for (int i = 0; i < 256; ++i) finite &= (to_bits(x[first + i]) & 0x7f800000u) != 0x7f800000u;
-        if (finite)
-            encode_with_minimum(x + first, importance ? importance + first : nullptr, most, d, dmin, scale, minimum,
-                                codes);
-        else d = from_bits(0x7fc00000);
-        put_half(p, d);
-        put_half(p + 2, dmin);
-        put_six_bits(p + 4, scale, minimum);
-        uint8_t* low = p + (type == Q4_K ? 16 : 48);
-        for (int c = 0; c < 4; ++c)
-            for (int i = 0; i < 32; ++i)
-                low[32 * c + i] = static_cast<uint8_t>((codes[64 * c + i] & 15) | (codes[64 * c + 32 + i] & 15) << 4);
-        if constexpr (type == Q5_K) {
-            for (int i = 0; i < 32; ++i) {
-                int bits = 0;
-                for (int j = 0; j < 8; ++j) bits |= codes[32 * j + i] >> 4 << j;
-                p[16 + i] = static_cast<uint8_t>(bits);
+    constexpr int most = type == Q4_K ? 15 : 31, bytes = type == Q4_K ? 144 : 176, together = Together<8>::supers;
+    for (int64_t first = 0; first < cols; first += 256 * together) {
+        const int supers = static_cast<int>(smaller(together, (cols - first) / 256));
+        Super super[together];
+        uint8_t codes[256 * together];
+        encode_with_minimum<most>(x + first, importance ? importance + first : nullptr, supers, super, codes);
+        for (int u = 0; u < supers; ++u, p += bytes) {
+            const uint8_t* code = codes + 256 * u;
+            if (all_finite(x + first + 256 * u)) {
+                put_half(p, super[u].d);
+                put_half(p + 2, super[u].dmin);
+            } else {
+                put_half(p, from_bits(0x7fc00000));
+                put_half(p + 2, 0);
+            }
+            put_six_bits(p + 4, super[u].scale, super[u].minimum);
+            uint8_t* low = p + (type == Q4_K ? 16 : 48);
+            for (int c = 0; c < 4; ++c)
+                for (int i = 0; i < 32; ++i)
+                    low[32 * c + i] = static_cast<uint8_t>((code[64 * c + i] & 15) | (code[64 * c + 32 + i] & 15) << 4);
+            if constexpr (type == Q5_K) {
+                for (int i = 0; i < 32; ++i) {
+                    int bits = 0;
+                    for (int j = 0; j < 8; ++j) bits |= code[32 * j + i] >> 4 << j;
+                    p[16 + i] = static_cast<uint8_t>(bits);
+                }
             }
         }
     }
@@ -446,73 +509,64 @@ template <int type> void encode_minimum_type(const float* x, int64_t cols, const
 
 inline void encode_q6_k(const float* x, int64_t cols, const float* importance, uint8_t* p) {
     using Grid = Even<32>;
-    Side<16> side[2];
+    constexpr int parts = Together<16>::parts;
+    Side<16> side[parts];
     for (int64_t first = 0; first < cols; first += 256, p += 210) {
-        alignas(64) float best[16], error[16], inverse[group];
-        int scale[16] = {};
+        Each best[parts];
         float most = 0;
-        bool finite = true;
-        for (int i = 0; i < 256; ++i) finite &= (to_bits(x[first + i]) & 0x7f800000u) != 0x7f800000u;
-        for (int h = 0; h < 2; ++h) {
-            side[h].take(x + first + 128 * h, 16, group, importance ? importance + first + 128 * h : nullptr);
-            best_scales<Grid>(side[h], 6, 0.15f, best + group * h);
+        for (int h = 0; h < parts; ++h) {
+            side[h].take(x + first + 16 * group * h, group, importance ? importance + first + 16 * group * h : nullptr);
+            Search<Grid, 16> search{side[h]};
+            search.run(6, 0.15f, 2);
+            best[h] = search.best;
+            for (int b = 0; b < group; ++b) most = magnitude(best[h][b]) > magnitude(most) ? best[h][b] : most;
         }
-        for (int j = 0; j < 16; ++j) most = magnitude(best[j]) > magnitude(most) ? best[j] : most;
-        float d = from_f16(to_f16(most / -128)), least = from_bits(0x7f7fffff), stored = 0;
-        int kept[16] = {};
+        float d = round_f16(most / -128), least = from_bits(0x7f7fffff), stored = 0;
+        Each kept[parts] = {};
         for (int turn = 0; turn < 3; ++turn) {
+            Each scale[parts];
             double ss = 0, sx = 0, sum = 0;
-            for (int h = 0; h < 2; ++h) {
-                int start[group];
-                for (int b = 0; b < group; ++b) {
-                    start[b] = clip(nearest(best[group * h + b] * reciprocal(d)), -128, 127);
-                    error[group * h + b] = from_bits(0x7f7fffff);
-                }
+            for (int h = 0; h < parts; ++h) {
+                Each start = limit(nearest(best[h] * same_each(reciprocal(d))), -128, 127);
+                Each error = same_each(from_bits(0x7f7fffff));
+                scale[h] = Each{};
                 for (int ds = -1; ds <= 1; ++ds) {
-                    alignas(64) float a[group], e[group];
-                    for (int b = 0; b < group; ++b) a[b] = d * static_cast<float>(clip(start[b] + ds, -128, 127));
-                    errors<Grid>(side[h], a, e);
-                    for (int b = 0; b < group; ++b) {
-                        if (e[b] < error[group * h + b]) {
-                            error[group * h + b] = e[b];
-                            scale[group * h + b] = clip(start[b] + ds, -128, 127);
-                        }
-                    }
+                    Each tried = limit(start + static_cast<float>(ds), -128, 127), e = errors<Grid>(side[h], d * tried);
+                    scale[h] = pick(e < error, tried, scale[h]);
+                    error = pick(e < error, e, error);
                 }
-                for (int b = 0; b < group; ++b) {
-                    inverse[b] = reciprocal(d * static_cast<float>(scale[group * h + b]));
-                    sum += error[group * h + b];
-                    for (int i = 0; i < 16; ++i) {
-                        double v =
-                            scale[group * h + b] * static_cast<double>(Grid::value(side[h].x[i][b] * inverse[b]));
-                        ss += side[h].weight[i][b] * v * v;
-                        sx += side[h].weight[i][b] * v * side[h].x[i][b];
-                    }
+                Each inverse = reciprocal(d * scale[h]), vv{}, xv{};
+                for (int i = 0; i < 16; ++i) {
+                    Each v = scale[h] * Grid::value(side[h].x[i] * inverse), wv = side[h].weight[i] * v;
+                    vv += wv * v;
+                    xv += wv * side[h].x[i];
                 }
+                for (int b = 0; b < group; ++b) sum += error[b], ss += vv[b], sx += xv[b];
             }
             if (!(sum < least)) break;
             least = static_cast<float>(sum);
             stored = d;
-            for (int j = 0; j < 16; ++j) kept[j] = scale[j];
-            float next = ss > 0 ? from_f16(to_f16(static_cast<float>(sx / ss))) : d;
+            for (int h = 0; h < parts; ++h) kept[h] = scale[h];
+            float next = ss > 0 ? round_f16(static_cast<float>(sx / ss)) : d;
             if (next == d || next == 0) break;
             d = next;
         }
         uint8_t codes[256];
+        int32_t scales[16];
         for (int j = 0; j < 16; ++j) {
-            float inv = reciprocal(stored * static_cast<float>(kept[j]));
-            for (int i = 0; i < 16; ++i)
-                codes[16 * j + i] = static_cast<uint8_t>(Grid::code(x[first + 16 * j + i] * inv) + 32);
+            scales[j] = static_cast<int32_t>(kept[j / group][j % group]);
+            float inverse = reciprocal(stored * static_cast<float>(scales[j]));
+            const float* v = x + first + 16 * j;
+            for (int i = 0; i < 16; ++i) codes[16 * j + i] = static_cast<uint8_t>(clip(nearest(v[i] * inverse), -32, 31) + 32);
         }
-        if (!finite) stored = from_bits(0x7fc00000);
+        if (!all_finite(x + first)) stored = from_bits(0x7fc00000);
         for (int h = 0; h < 2; ++h) {
             const uint8_t* c = codes + 128 * h;
             for (int i = 0; i < 64; ++i) p[64 * h + i] = static_cast<uint8_t>((c[i] & 15) | (c[64 + i] & 15) << 4);
             for (int i = 0; i < 32; ++i)
-                p[128 + 32 * h + i] =
-                    static_cast<uint8_t>(c[i] >> 4 | c[32 + i] >> 4 << 2 | c[64 + i] >> 4 << 4 | c[96 + i] >> 4 << 6);
+                p[128 + 32 * h + i] = static_cast<uint8_t>(c[i] >> 4 | c[32 + i] >> 4 << 2 | c[64 + i] >> 4 << 4 | c[96 + i] >> 4 << 6);
         }
-        for (int j = 0; j < 16; ++j) p[192 + j] = static_cast<uint8_t>(kept[j]);
+        for (int j = 0; j < 16; ++j) p[192 + j] = static_cast<uint8_t>(scales[j]);
         put_half(p + 208, stored);
     }
 }
@@ -533,32 +587,26 @@ void encode(int type, const float* x, int64_t cols, const float* importance, uin
         }
         case Q8_0: return encode_q8_0(x, cols, out);
         case Q4_0:
-            return encode_one_scale<Even<8>>(x, cols, importance, 7, 0.12f,
-                                             [&](int64_t block, float d, const int32_t* q) {
-                                                 uint8_t* p = out + 18 * block;
-                                                 put_half(p, d);
-                                                 for (int i = 0; i < 16; ++i)
-                                                     p[2 + i] = static_cast<uint8_t>((q[i] + 8) | (q[16 + i] + 8) << 4);
-                                             });
+            return encode_one_scale<Even<8>>(x, cols, importance, 7, 0.12f, [&](int64_t block, float d, const uint8_t* q) {
+                uint8_t* p = out + 18 * block;
+                put_half(p, d);
+                for (int i = 0; i < 16; ++i) p[2 + i] = static_cast<uint8_t>(q[i] | q[16 + i] << 4);
+            });
         case Q5_0:
-            return encode_one_scale<Even<16>>(
-                x, cols, importance, 7, 0.15f, [&](int64_t block, float d, const int32_t* q) {
-                    uint8_t* p = out + 22 * block;
-                    uint32_t high = 0;
-                    put_half(p, d);
-                    for (int i = 0; i < 32; ++i) high |= static_cast<uint32_t>((q[i] + 16) >> 4) << i;
-                    memcpy(p + 2, &high, 4);
-                    for (int i = 0; i < 16; ++i)
-                        p[6 + i] = static_cast<uint8_t>(((q[i] + 16) & 15) | ((q[16 + i] + 16) & 15) << 4);
-                });
+            return encode_one_scale<Even<16>>(x, cols, importance, 7, 0.15f, [&](int64_t block, float d, const uint8_t* q) {
+                uint8_t* p = out + 22 * block;
+                uint32_t high = 0;
+                put_half(p, d);
+                for (int i = 0; i < 32; ++i) high |= static_cast<uint32_t>(q[i] >> 4) << i;
+                memcpy(p + 2, &high, 4);
+                for (int i = 0; i < 16; ++i) p[6 + i] = static_cast<uint8_t>((q[i] & 15) | (q[16 + i] & 15) << 4);
+            });
         case IQ4_NL:
-            return encode_one_scale<Nonlinear>(x, cols, importance, 7, 3.0f,
-                                               [&](int64_t block, float d, const int32_t* q) {
-                                                   uint8_t* p = out + 18 * block;
-                                                   put_half(p, d);
-                                                   for (int i = 0; i < 16; ++i)
-                                                       p[2 + i] = static_cast<uint8_t>(q[i] | q[16 + i] << 4);
-                                               });
+            return encode_one_scale<Nonlinear>(x, cols, importance, 5, 4.0f, [&](int64_t block, float d, const uint8_t* q) {
+                uint8_t* p = out + 18 * block;
+                put_half(p, d);
+                for (int i = 0; i < 16; ++i) p[2 + i] = static_cast<uint8_t>(q[i] | q[16 + i] << 4);
+            });
         case Q4_K: return encode_minimum_type<Q4_K>(x, cols, importance, out);
         case Q5_K: return encode_minimum_type<Q5_K>(x, cols, importance, out);
         case Q6_K: return encode_q6_k(x, cols, importance, out);
