@@ -1,9 +1,9 @@
 """How near the matrix kernels come to what the machine can do, at the shapes of the 7B model.
 
-Decode (one to eight rows of x) is a question of memory: gigabytes of weights a second, beside what a loop that only reads
-gets from the same memory at the same moment. Prefill is a question of arithmetic: operations a second, beside what a loop of
-8-bit dot products in registers gets. Probe and kernel take turns within each round and medians are compared, so that a
-busy machine slows both.
+Decode (one to eight rows of x) is a question of memory: gigabytes of weights a second, beside what a loop that only
+reads gets from the same memory at the same moment. Prefill is a question of arithmetic: operations a second, beside
+what a loop of 8-bit dot products in registers gets. Probe and kernel take turns in each round and medians are compared,
+so that a busy machine slows both.
 
     python benchmarks/native_linear.py --types q4_0 q4_k q6_k --json result.json
 """

@@ -5,7 +5,11 @@
 #define HYBRIDLM_UNROLL
 #else
 #define HYBRIDLM_UNROLL _Pragma("GCC unroll 8")
+#if defined(HYBRIDLM_SCALAR)
+#define HYBRIDLM_INLINE inline  // arrays instead of vectors: inlining all of that takes the compiler half a minute
+#else
 #define HYBRIDLM_INLINE inline __attribute__((always_inline))
+#endif
 #endif
 
 namespace matrices {
