@@ -26,6 +26,7 @@ from hybridlm.cli._common import (
     printable,
     size,
 )
+from hybridlm.cli.chat import turn_end
 
 if TYPE_CHECKING:
     from hybridlm.engine import Engine, Generation
@@ -63,6 +64,8 @@ def command(
         options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop or (), "temperature": temperature,
                                    "top_k": top_k, "top_p": top_p, "min_p": min_p,
                                    "repetition_penalty": repetition_penalty, "seed": seed}
+        if chat and engine.chat_template is not None and (end := turn_end(engine)):
+            options["stop"] = (*options["stop"], end)
         generation = (engine.chat([{"role": "user", "content": prompt}], **options) if chat
                       else engine.generate(prompt, **options))
         clean = printable if sys.stdout.isatty() else str
