@@ -18,7 +18,7 @@ PROBE_BYTES = 512 << 20
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file, a model folder, or a hub "
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A GGUF file, a model folder, or a hub "
                                                 "repository: owner/name.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="Instead of MODEL: random weights of this shape (tiny, "
                                                                "60m ... 1b, 7b, olmo3-7b), made in memory.")] = None,

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 def command(
     model: ModelArgument,
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue; read from stdin when left out.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue; stdin when "
+                                                                       "left out.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=0, help="Most tokens to generate.")] = 256,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output; repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Take PROMPT as a message and answer it by the model's chat "

@@ -8,9 +8,9 @@ import typer
 
 
 def command(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name, or a Python file that "
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, or a Python file that "
                                                                          "defines recipe(); none lists them.")] = None,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: data=PATH "
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings to change: data=PATH "
                                                          "out=DIR steps=N lr=X seed=S model.hidden_size=N ...")] = None,
 ) -> None:
     """Train a model by a recipe.
