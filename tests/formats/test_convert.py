@@ -61,7 +61,7 @@ def test_round_trip(config, generation, kind, seed, tmp_path_factory):
             if t.type == GGMLType.F32:
                 np.testing.assert_array_equal(got, want)
             else:  # within one step of the block's grid
-                assert np.abs(got - want).max() <= {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.02}.get(kind, 0.5)
+                assert np.abs(got - want).max() <= {"f16": 2e-3, "bf16": 2e-2, "q8_0": 0.025}.get(kind, 0.5)
     assert summary.tensors == len(theirs) and summary.nbytes == (folder / "out.gguf").stat().st_size
     assert sum(summary.types.values()) == summary.tensors and not summary.has_tokenizer
 

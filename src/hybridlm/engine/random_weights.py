@@ -14,9 +14,9 @@ import numpy as np
 
 from hybridlm import native
 from hybridlm.config import HybridConfig
-from hybridlm.formats.blocks import GGMLType, row_bytes, type_of
+from hybridlm.formats.blocks import GGMLType, row_bytes
 from hybridlm.formats.encode import encode
-from hybridlm.formats.policy import tensor_type
+from hybridlm.formats.policy import recipe, tensor_type
 
 __all__ = ["RandomLoader"]
 
@@ -28,7 +28,7 @@ class RandomLoader:
     """A `weights.Loader` that makes what it is asked for. `nbytes` counts what it has made."""
 
     def __init__(self, config: HybridConfig, type: str, seed: int) -> None:
-        self.config, self.type = config, type_of(type)
+        self.config, self.type = config, recipe(type)
         self.nbytes = 0
         self._rng = np.random.default_rng(seed)
         self._pools: dict[tuple[GGMLType, int], np.ndarray] = {}

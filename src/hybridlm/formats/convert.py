@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from hybridlm.config import HybridConfig
 from hybridlm.errors import FormatError
-from hybridlm.formats.blocks import GGMLType, block_size, type_of
+from hybridlm.formats.blocks import GGMLType, block_size
 from hybridlm.formats.checkpoint import Checkpoint
 from hybridlm.formats.encode import can_encode, encodable, encode
 from hybridlm.formats.gguf_reader import ARCHITECTURE
@@ -25,7 +26,7 @@ from hybridlm.formats.gguf_writer import Entry, Progress, TensorPlan, write_gguf
 from hybridlm.formats.hf_config import read_config, read_generation_eos
 from hybridlm.formats.metadata import file_type, model_entries
 from hybridlm.formats.names import Spec, specs
-from hybridlm.formats.policy import tensor_type
+from hybridlm.formats.policy import MIXES, Mix, base_type, recipe, tensor_type
 from hybridlm.formats.vocabulary import tokenizer_entries
 
 __all__ = ["Summary", "convert", "write_model"]
@@ -38,7 +39,9 @@ Ready = Callable[[Spec, GGMLType], "np.ndarray | None"]  # -> bytes that can be 
 def __getattr__(attribute: str) -> Any:
     """`TYPES`: the names that `convert` takes here, found out when first asked for."""
     if attribute == "TYPES":
-        return tuple(t.name.lower() for t in encodable() if t != GGMLType.F64)
+        can = {t for t in encodable() if t != GGMLType.F64}
+        return (*(t.name.lower() for t in encodable() if t in can),
+                *(name for name, mix in MIXES.items() if {mix.base, *mix.roles.values()} <= can))
     raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
 
 
@@ -72,13 +75,14 @@ def convert(
     source: str | Path, out: str | Path, type: str = "q8_0", progress: Progress | None = None, *,
     name: str | None = None,
 ) -> Summary:
-    """Convert a model folder to the GGUF file `out`, its matrices in `type` ("f32", "bf16", "q8_0", "q4_0", ...).
+    """Convert a model folder to the GGUF file `out`, its matrices in `type` ("f32", "bf16", "q8_0", "q4_0", ...) or in
+    the types of a mix ("q4_m", ...).
 
     `progress` is called with (bytes written, bytes in all). Raises `ConfigError` or `FormatError` naming what
     the folder lacks, `DiskFullError` when `out` has no room. Stopped at any moment, it leaves no file `out`.
     """
     source = Path(source)
-    wanted = type_of(type)
+    wanted = recipe(type)
     config = read_config(source)
     more = [i for i in read_generation_eos(source) if i not in config.eos_token_ids]
     if more:
@@ -95,29 +99,31 @@ def convert(
 
 
 def write_model(
-    out: str | Path, config: HybridConfig, entries: Mapping[str, Entry], wanted: GGMLType, rows: Rows, *,
+    out: str | Path, config: HybridConfig, entries: Mapping[str, Entry], wanted: GGMLType | Mix, rows: Rows, *,
     ready: Ready | None = None, importance: Mapping[str, np.ndarray] | None = None, progress: Progress | None = None,
+    resume: str | None = None,
 ) -> Summary:
     """Write every tensor of a model in the type that the policy gives it, from whatever `rows` reads.
 
     `ready` may return a tensor's finished bytes, which are then copied. `importance`: GGUF name -> weight of each
-    column's error.
+    column's error. `resume`: see `write_gguf`.
     """
     plans: list[TensorPlan] = []
     types: Counter[str] = Counter()
     fallbacks: dict[str, str] = {}
-    _require_encoder(wanted, "this model")
+    base = base_type(wanted)
+    _require_encoder(base, "this model")
     for spec in specs(config):
         kind = tensor_type(spec.gguf, spec.shape, wanted, tied=config.tie_word_embeddings)
         copied = ready(spec, kind) if ready else None
         if copied is None:
             _require_encoder(kind, spec.gguf)
-        if spec.matrix and spec.shape[-1] % block_size(wanted) and kind != GGMLType.F32:
+        if spec.matrix and spec.shape[-1] % block_size(base) and kind != GGMLType.F32:
             fallbacks[spec.gguf] = kind.name.lower()
         types[kind.name.lower()] += 1
         plans.append(TensorPlan(spec.gguf, spec.shape, kind,
                                 _encoder(spec, kind, rows, copied, (importance or {}).get(spec.gguf))))
-    size = write_gguf(out, ARCHITECTURE, {**entries, **file_type(wanted)}, plans, progress)
+    size = write_gguf(out, ARCHITECTURE, {**entries, **file_type(base, wanted.name)}, plans, progress, resume=resume)
     return Summary(Path(out), wanted.name.lower(), size, config.num_parameters(), len(plans), dict(types), fallbacks,
                    "tokenizer.huggingface.json" in entries, "tokenizer.chat_template" in entries)
 
@@ -141,13 +147,17 @@ def _encoder(spec: Spec, kind: GGMLType, rows: Rows, copied: np.ndarray | None, 
 
     def produce() -> Iterator[np.ndarray]:
         step = max(1, BLOCK_BYTES // (4 * cols))
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            block = rows(spec, start, stop).reshape(stop - start, cols)
-            try:
-                yield encode(kind, block, importance)
-            except FormatError as error:
-                raise FormatError(f"tensor {spec.name}: {error}") from None
+        spans = [(start, min(start + step, count)) for start in range(0, count, step)]
+        with ThreadPoolExecutor(1) as reader:  # reads and converts the next rows while these are encoded
+            coming = reader.submit(rows, spec, *spans[0])
+            for (start, stop), after in zip(spans, [*spans[1:], None], strict=True):
+                block = coming.result().reshape(stop - start, cols)
+                if after:
+                    coming = reader.submit(rows, spec, *after)
+                try:
+                    yield encode(kind, block, importance)
+                except FormatError as error:
+                    raise FormatError(f"tensor {spec.name}: {error}") from None
 
     return produce if copied is None else copy
 

@@ -22,9 +22,9 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "
                "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38}
 
 
-def file_type(type: GGMLType) -> dict[str, Entry]:
-    """The entries that name the type of most weights."""
-    entries = {"general.quantization_version": u32(2), "hybridlm.type": text(type.name.lower())}
+def file_type(type: GGMLType, asked: str) -> dict[str, Entry]:
+    """The entries that name the type of most weights, and what was asked for."""
+    entries = {"general.quantization_version": u32(2), "hybridlm.type": text(asked.lower())}
     if type.name in _FILE_TYPES:
         entries["general.file_type"] = u32(_FILE_TYPES[type.name])
     return entries

@@ -28,7 +28,7 @@ from hybridlm.formats.names import specs
 
 __all__ = ["TOKENS", "WINDOW", "Importance", "collect"]
 
-TOKENS = 32_768  # enough: the figures hardly move beyond (docs/quantisation.md)
+TOKENS = 32_768
 WINDOW = 2048  # tokens read in one piece; the state starts empty with each
 SAVE_EVERY = 60.0  # seconds
 
@@ -135,7 +135,7 @@ def collect(
     """Read up to `tokens` tokens of text files with the model in a GGUF file, and return what was seen.
 
     `out` is where the result is saved, now and then while it grows too: stopped at any moment, the same call goes on from
-    there. Documents follow one another, an end-of-text token before each, and are read `window` tokens at a time. Raises
+    there, and a finished file is added to when more tokens are asked for. Documents follow one another, an end-of-text token before each, and are read `window` tokens at a time. Raises
     `FormatError` and `DataError`.
     """
     from hybridlm import native
@@ -171,19 +171,20 @@ def collect(
         layout = Layout.of(file.config, file.fingerprint, "f32")
         ops = Watching(file.config, layout)
         state = ops.state()
-        windows = islice(_windows(_tokenizer(file, model), paths, min(window, file.config.max_position_embeddings)),
-                         -(-tokens // window))
-        settings = {"model": file.fingerprint, "window": window, "tokens": tokens}
+        settings = {"model": file.fingerprint, "window": window}
         saved = _saved(out, settings)
+        windows = islice(_windows(_tokenizer(file, model), paths, min(window, file.config.max_position_embeddings)),
+                         max(-(-tokens // window), saved.windows if saved else 0))
         digest = hashlib.sha256()
-        skip, total, saved_at = (saved.windows if saved else 0), 0, time.monotonic()
+        total, saved_at = 0, time.monotonic()
         for ids in windows:
             digest.update(ids.tobytes())
             found.windows += 1
             total += len(ids)
-            if found.windows == skip and saved and saved.progress.get("read") == digest.hexdigest():
-                found.sums, found.counts, skip = saved.sums, saved.counts, 0
-            if found.windows <= skip or (saved and found.windows == saved.windows and not skip):
+            if saved and found.windows <= saved.windows:
+                if found.windows == saved.windows:
+                    _same_text(saved, digest.hexdigest(), out)
+                    found.sums, found.counts = saved.sums, saved.counts
                 continue
             state.reset()
             hidden = forward(weights, ops, Batch.of([(state, ids)]))
@@ -194,16 +195,19 @@ def collect(
                 found.progress = {**settings, "read": digest.hexdigest()}
                 found.save(out)
                 saved_at = time.monotonic()
-    if skip:  # the text has changed: what was saved belongs to another
-        assert out is not None
-        Path(out).unlink()
-        return collect(model, paths, out, tokens=tokens, window=window, threads=threads, progress=progress)
+    if saved and found.windows < saved.windows:  # the text is shorter than what was read
+        _same_text(saved, "", out)
     if not total:
         raise DataError(f"{', '.join(map(str, paths))}: no text to calibrate with")
     found.progress = {**settings, "read": digest.hexdigest()}
     if out is not None:
         found.save(out)
     return found
+
+
+def _same_text(saved: Importance, digest: str, out: str | Path | None) -> None:
+    if saved.progress.get("read") != digest:
+        raise FormatError(f"{out}: was collected from another text; remove it, or give another name")
 
 
 def _saved(out: str | Path | None, settings: dict[str, Any]) -> Importance | None:

@@ -303,9 +303,8 @@ def _parameters(folder: Path) -> int:
 
 def _checked(type: str) -> str:
     """The type, if it is one that weights can be converted to."""
-    from hybridlm.formats.encode import encodable
+    from hybridlm.formats.convert import TYPES as known
 
-    known = [t.name.lower() for t in encodable()]
     if type not in known:
         raise HybridLMError(f"type: {type!r} is not one that models are converted to; known are {', '.join(known)}")
     return type
@@ -313,10 +312,11 @@ def _checked(type: str) -> str:
 
 def _size(folder: Path, type: str) -> int:
     """Bytes that the converted file will have, roughly."""
-    from hybridlm.formats.blocks import SIZES, type_of
+    from hybridlm.formats.blocks import SIZES
+    from hybridlm.formats.policy import base_type, recipe
 
-    elements, nbytes = SIZES[type_of(type)]
-    return int(_parameters(folder) * nbytes / elements * 1.02) + (16 << 20)
+    elements, nbytes = SIZES[base_type(recipe(type))]
+    return int(_parameters(folder) * nbytes / elements * 1.1) + (16 << 20)
 
 
 def _convert(source: Path, out: Path, type: str, report: Report, name: str) -> None:
