@@ -100,8 +100,8 @@ def main() -> None:
                     assert peer.tensor_type.name.lower() == kind.lower(), (kind, peer.tensor_type)
                     weights = importance.weights()[name] if weighed else np.ones(x.shape[1], np.float32)
                     ours = encode(GGMLType[kind.upper()], x, weights if weighed else None)
-                    errors = [error(x, gguf.quants.dequantize(np.asarray(raw), peer.tensor_type).reshape(x.shape), weights)
-                              for raw in (ours, peer.data)]
+                    decoded = [gguf.quants.dequantize(np.asarray(raw), peer.tensor_type) for raw in (ours, peer.data)]
+                    errors = [error(x, y.reshape(x.shape), weights) for y in decoded]
                     results.append({"type": kind, "tensor": what, "importance": weighed, "ours": round(errors[0], 6),
                                     "llama.cpp": round(errors[1], 6), "ratio": round(errors[0] / errors[1], 4)})
                     print(f"{kind:8}{what:20}{'yes' if weighed else 'no':>11}{errors[0]:12.5f}{errors[1]:12.5f}"

@@ -1,12 +1,13 @@
 """What quantisation does to a trained model: mean KL divergence from its float32 logits on held-out text.
 
-Each experiment replaces matrices by what they decode to after encoding, and runs the model in float32, so that the figure
-is of the weights alone. Rows of a small model that are not whole blocks of 256 are encoded several together, so K-quants
-can be measured on it. Experiments:
+Each experiment replaces matrices by what they decode to after encoding, and runs the model in float32, so that the
+figure is of the weights alone. Rows of a small model that are not whole blocks of 256 are encoded several together, so
+that K-quants can be measured on it. Experiments:
 
     types   all matrices in one type (the head too), with and without importance
-    roles   the matrices of one role, or of one layer, in 4 bits (q4_k), the others in float32. Share: of the 7B's weights
+    roles   the matrices of one role, or of one layer, in 4 bits (q4_k), the others in float32
     mixes   the mixes of `formats/policy.py`, with the types that the 7B's tensors would get
+    plain   the same for types that are asked for by name, whose head is q8_0
 
 Bits a weight are those that the 7B would have, all of its tensors counted. Input table and head are measured as two
 tensors, as they are there, though a small model ties them. Prints a table and one line of JSON.
@@ -93,7 +94,8 @@ class Model:
         weights = bind(self.config, load)
         if self.config.tie_word_embeddings:  # as if input table and head were two, as they are in the 7B
             embed = self.specs["token_embd.weight"]
-            weights = replace(weights, head=encoded(embed.gguf, choose(replace(embed, gguf="output.weight")), embed.shape))
+            kind = choose(replace(embed, gguf="output.weight"))
+            weights = replace(weights, head=encoded(embed.gguf, kind, embed.shape))
         return Engine(weights, CPU(self.config, self.layout), self.layout, file=self.file, cache_bytes=0)
 
     def divergence(self, choose: Choice, importance: dict[str, np.ndarray] | None = None) -> dict[str, float]:
@@ -117,8 +119,8 @@ def through(kind: GGMLType, x: np.ndarray, importance: np.ndarray | None) -> np.
         rest = np.zeros((join, x.shape[1]), np.float32)
         rest[:len(x) - whole] = x[whole:]
         parts.append((rest.reshape(1, -1), parts[0][1]))
-    done = [dequantize(kind, encode(kind, part, weights), part.shape).reshape(-1, x.shape[1]) for part, weights in parts]
-    return np.ascontiguousarray(np.concatenate(done)[:len(x)], dtype=np.float32)
+    done = [dequantize(kind, encode(kind, part, weights), part.shape) for part, weights in parts]
+    return np.ascontiguousarray(np.concatenate([y.reshape(-1, x.shape[1]) for y in done])[:len(x)], dtype=np.float32)
 
 
 def bits_at_7b(choose: Choice) -> float:
@@ -155,26 +157,26 @@ def experiments(only: set[str], layers: int) -> Iterator[tuple[str, str, Choice,
             def at(spec: Spec, i: int = i) -> GGMLType | None:
                 return T.Q4_K if layer(spec) == i and not small(spec) else None
             yield "roles", f"layer {i}", at, True, None
-    if "mixes" in only:
-        for name in MIXES:
+    for group, names in (("mixes", tuple(MIXES)), ("plain", ("q4_0", "iq4_nl", "q4_k", "q5_k", "q6_k"))):
+        for name in names if group in only else ():
             for weighed in (False, True):
                 def mixed(spec: Spec, name: str = name) -> GGMLType | None:
                     shape = (spec.shape[0], COLS.get(role(spec), 3840)) if len(spec.shape) > 1 else spec.shape
                     return tensor_type(spec.gguf, shape, recipe(name), tied=False)
-                yield "mixes", name, mixed, weighed, bits_at_7b(mixed)
+                yield group, name, mixed, weighed, bits_at_7b(mixed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("text", type=Path, nargs="+")
-    parser.add_argument("--calibrate", type=Path, nargs="+", required=True, help="text for importance; not the held-out one")
+    parser.add_argument("--calibrate", type=Path, nargs="+", required=True, help="text for importance, not held out")
     parser.add_argument("--importance", type=Path, help="where to keep it")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="types,roles,mixes")
+    parser.add_argument("--only", default="types,roles,mixes,plain")
     args = parser.parse_args()
     native.set_threads(args.threads)
     if args.importance and args.importance.exists():

@@ -1,5 +1,7 @@
 """Importance matrices: the sums are those of the activations, files are whole and checked, collections go on."""
 
+import contextlib
+
 import gguf
 import numpy as np
 import pytest
@@ -73,10 +75,8 @@ def test_files_are_whole_checked_and_read_by_others(model, text, tmp_path):
         bad = bytearray(held)
         bad[len(held) - 1 - int(rng.integers(2000))] ^= 1 << int(rng.integers(8))
         path.write_bytes(bad)
-        try:
+        with contextlib.suppress(FormatError):
             assert Importance.load(path).digest == found.digest  # padding
-        except FormatError:
-            pass
     path.write_bytes(held[:-100])
     with pytest.raises(FormatError):
         Importance.load(path)

@@ -1,8 +1,8 @@
 """Which ggml type each tensor of a model gets: the one place that decides.
 
-A model is converted "to q4_0"; that is the type of its large matrices. Or to a mix, "q4_m", which spends more bits where
-measurement says that they help most. What is small, and what the recurrence is sensitive to, stays in float32 whatever is
-asked for. `docs/quantisation.md` has the measurements, `docs/file-format.md` the reasons for float32.
+A model is converted "to q4_0"; that is the type of its large matrices. Or to a mix, "q4_m", which spends more bits
+where measurement says that they help most. What is small, and what the recurrence is sensitive to, stays in float32
+whatever is asked for. `docs/quantisation.md` has the measurements, `docs/file-format.md` the reasons for float32.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from hybridlm.errors import FormatError
 from hybridlm.formats.blocks import GGMLType, block_size, type_of
 
 __all__ = ["FALLBACKS", "MIXES", "Mix", "base_type", "recipe", "tensor_type"]
 
 T = GGMLType
 
-# For a row that is not whole blocks of 256 (such as the 5,760 wide input of the 7B's GDN output projection): a type with
-# blocks of 32 that has about as many bits, never fewer, and that the runtime multiplies by.
+# For a row that is not whole blocks of 256 (such as the 5,760 wide input of the 7B's GDN output projection): a type
+# with blocks of 32 that has about as many bits, never fewer, and that the runtime multiplies by.
 FALLBACKS: dict[GGMLType, GGMLType] = {
     T.Q6_K: T.Q8_0, T.Q5_K: T.Q5_0, T.Q4_K: T.Q5_0, T.Q3_K: T.Q4_0, T.Q2_K: T.Q4_0, T.IQ4_XS: T.IQ4_NL,
     T.IQ3_S: T.IQ4_NL, T.IQ3_XXS: T.IQ4_NL, T.IQ2_S: T.IQ4_NL, T.IQ2_XS: T.IQ4_NL, T.IQ2_XXS: T.IQ4_NL,
@@ -49,7 +50,10 @@ MIXES: dict[str, Mix] = {m.name: m for m in (
 
 def recipe(name: str | int) -> GGMLType | Mix:
     """What a user's word asks for: a mix or a type. Raises `FormatError` for neither."""
-    return MIXES.get(str(name).lower()) or type_of(name)
+    try:
+        return MIXES.get(str(name).lower()) or type_of(name)
+    except FormatError as error:
+        raise FormatError(f"{error}; and the mixes {', '.join(MIXES)}") from None
 
 
 def base_type(wanted: GGMLType | Mix) -> GGMLType:

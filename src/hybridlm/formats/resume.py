@@ -1,9 +1,9 @@
 """A large file written piece by piece that a stopped writer's successor goes on with.
 
-The file grows as OUT.partial; OUT.partial.journal has a line for each finished piece, with its end and its checksum. The
-next writer with the same key (what the file is made of) checks the pieces that are there, cuts off what is not whole, and
-goes on; with another key it starts again. Complete, the file takes its name and the journal goes. A kill or Ctrl-C leaves
-both files for the next time, an error removes them.
+The file grows as OUT.partial; OUT.partial.journal has a line for each finished piece, with its end and its checksum.
+The next writer with the same key (what the file is made of) checks the pieces that are there, cuts off what is not
+whole, and goes on; with another key it starts again. Complete, the file takes its name and the journal goes. A kill or
+Ctrl-C leaves both files for the next time, an error removes them.
 """
 
 from __future__ import annotations

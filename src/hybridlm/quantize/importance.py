@@ -1,9 +1,9 @@
 """How much each input column of each matrix matters: mean squared activations over calibration text.
 
-A weight's rounding error reaches the output times the activation it meets, so encoders weigh the error of a column by the
-mean square of what flows into it. `collect` reads text with the CPU engine and adds these squares up; the file it writes
-is GGUF in the layout of llama.cpp's importance matrices (`NAME.in_sum2` and `NAME.counts` for a matrix NAME), with a
-checksum and what is needed to go on where an interrupted collection stopped.
+A weight's rounding error reaches the output times the activation it meets, so encoders weigh the error of a column by
+the mean square of what flows into it. `collect` reads text with the CPU engine and adds these squares up; the file it
+writes is GGUF in the layout of llama.cpp's importance matrices (`NAME.in_sum2` and `NAME.counts` for a matrix NAME),
+with a checksum and what is needed to go on where an interrupted collection stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ class Importance:
             if spec.gguf not in self.sums:
                 raise FormatError(f"{where}: has nothing about {spec.gguf}; it was collected from another model")
             if (have := len(self.sums[spec.gguf])) != spec.shape[1]:
-                raise FormatError(f"{where}: {spec.gguf} has {have} columns where the model has {spec.shape[1]}; it was "
-                                  "collected from another model")
+                raise FormatError(f"{where}: {spec.gguf} has {have} columns where the model has {spec.shape[1]}; it "
+                                  "was collected from another model")
 
     def save(self, path: str | Path) -> None:
         """Write a file, whole or not at all."""
@@ -90,10 +91,9 @@ class Importance:
             entries["hybridlm.importance.progress"] = text(json.dumps(self.progress))
         plans: list[TensorPlan] = []
         for name in sorted(self.sums):
-            sums = self.sums[name].astype("<f4").view(np.uint8)
-            count = np.array([self.counts[name]], "<f4").view(np.uint8)
-            plans.append(TensorPlan(f"{name}.in_sum2", (1, sums.size // 4), GGMLType.F32, lambda data=sums: [data]))
-            plans.append(TensorPlan(f"{name}.counts", (1, 1), GGMLType.F32, lambda data=count: [data]))
+            sums, count = self.sums[name].astype("<f4"), np.array([self.counts[name]], "<f4")
+            plans.append(TensorPlan(f"{name}.in_sum2", (1, sums.size), GGMLType.F32, partial(_bytes, sums)))
+            plans.append(TensorPlan(f"{name}.counts", (1, 1), GGMLType.F32, partial(_bytes, count)))
         write_gguf(path, "imatrix", entries, plans)
 
     @classmethod
@@ -134,9 +134,9 @@ def collect(
 ) -> Importance:
     """Read up to `tokens` tokens of text files with the model in a GGUF file, and return what was seen.
 
-    `out` is where the result is saved, now and then while it grows too: stopped at any moment, the same call goes on from
-    there, and a finished file is added to when more tokens are asked for. Documents follow one another, an end-of-text token before each, and are read `window` tokens at a time. Raises
-    `FormatError` and `DataError`.
+    `out` is where the result is saved, now and then while it grows too: stopped at any moment, the same call goes on
+    from there, and a finished file is added to when more tokens are asked for. Documents follow one another, an
+    end-of-text token before each, and are read `window` tokens at a time. Raises `FormatError` and `DataError`.
     """
     from hybridlm import native
     from hybridlm.engine.cpu import CPU, file_loader
@@ -208,6 +208,10 @@ def collect(
 def _same_text(saved: Importance, digest: str, out: str | Path | None) -> None:
     if saved.progress.get("read") != digest:
         raise FormatError(f"{out}: was collected from another text; remove it, or give another name")
+
+
+def _bytes(values: np.ndarray) -> list[np.ndarray]:
+    return [values.view(np.uint8)]
 
 
 def _saved(out: str | Path | None, settings: dict[str, Any]) -> Importance | None:
