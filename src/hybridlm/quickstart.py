@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybridlm.data.atomic import write_file
+from hybridlm.atomic import write_file
 from hybridlm.errors import DataError
 
 __all__ = ["quickstart"]

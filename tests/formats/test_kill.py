@@ -5,8 +5,8 @@ import random
 import sys
 
 import pytest
+from tests.config.test_atomic import kill_at_random
 from tests.formats.helpers import weights, write_folder
-from tests.formats.test_atomic import kill_at_random
 
 from hybridlm.config import PRESETS
 from hybridlm.formats.convert import convert

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.data.atomic import write_file
+from hybridlm.atomic import write_file
 from hybridlm.data.sources import Document, Source
 from hybridlm.data.tokens import MANIFEST, VERSION, TokenFolder, read_manifest, sha256_of
 from hybridlm.errors import DataError

@@ -34,7 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hybridlm.formats.atomic import atomic_write
+from hybridlm.atomic import atomic_write
 
 __all__ = ["Checkpoint", "PrefixCache", "Stats"]
 

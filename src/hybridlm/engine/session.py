@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridlm.atomic import atomic_write
 from hybridlm.engine.state import State
 from hybridlm.errors import FormatError, HybridLMError
-from hybridlm.formats.atomic import atomic_write
 
 if TYPE_CHECKING:
     from hybridlm.engine.engine import Engine

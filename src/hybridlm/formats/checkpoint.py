@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from hybridlm.atomic import atomic_write, atomic_write_all
 from hybridlm.config import HybridConfig
 from hybridlm.errors import FormatError
-from hybridlm.formats.atomic import atomic_write, atomic_write_all
 from hybridlm.formats.names import canonical, check, conv_parts, is_ignored, specs
 from hybridlm.formats.safetensors import DTYPES, SafetensorsFile, TensorInfo, header, to_float32
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from hybridlm.formats.atomic import atomic_write
+from hybridlm.atomic import atomic_write
 from hybridlm.formats.blocks import GGMLType, nbytes
 from hybridlm.formats.gguf_header import Value, ValueType
 from hybridlm.formats.resume import resumable_write

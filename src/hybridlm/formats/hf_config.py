@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hybridlm.atomic import write_file
 from hybridlm.config import FULL, LINEAR, SLIDING, HybridConfig, Rope, Yarn
 from hybridlm.errors import ConfigError
 
@@ -175,9 +176,7 @@ def write_config(config: HybridConfig, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_hf(config), indent=2) + "\n"
-    temporary = folder / ".config.json.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / "config.json")
+    write_file(folder / "config.json", text.encode())
 
 
 def to_hf(config: HybridConfig) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hybridlm.atomic import require_space
 from hybridlm.errors import HybridLMError
-from hybridlm.formats.atomic import require_space
 
 try:
     import fcntl

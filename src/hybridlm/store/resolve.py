@@ -17,19 +17,22 @@ import shutil
 from pathlib import Path
 from urllib.parse import quote
 
+from hybridlm.atomic import write_file
 from hybridlm.errors import ConfigError, FormatError, HybridLMError, ModelNotFoundError
 from hybridlm.store import hub
 from hybridlm.store.cache import Report, fingerprint, home, locked, require_space
 
 __all__ = ["DEFAULT_LIMIT", "default_type", "resolve", "weights"]
 
-# Models of fewer parameters are converted to q8_0, larger ones to q4_0, where no type is asked for.
+# Models of fewer parameters are converted to q8_0, larger ones to q4_m, where no type is asked for.
 DEFAULT_LIMIT = 1_500_000_000
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TYPE = re.compile(r"(?:f|bf|i?q|t?q|mxfp)\d\w*", re.ASCII | re.IGNORECASE)
 _GGUF_TYPE = re.compile(r"(?:^|[-_.])((?:f|bf|i?q|tq|mxfp)\d\w*)\.gguf$", re.IGNORECASE)
-_PREFERRED = ("q4_0", "q4_k_m", "q8_0", "q5_k_m", "q6_k", "bf16", "f16", "f32")  # where only GGUF files are on offer
+# GGUF files that serve where no type is asked for, the best first: instead of converting, and where there is no choice.
+_AS_GOOD = {"q8_0": ("q8_0",), "q4_m": ("q4_m", "q4_k_m", "q4_k", "q4_s", "q4_k_s", "iq4_nl", "q4_0")}
+_PREFERRED = (*_AS_GOOD["q4_m"], "q8_0", "q5_m", "q5_k_m", "q6_m", "q6_k", "bf16", "f16", "f32")
 
 # What a conversion reads besides weights.
 _SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -43,7 +46,7 @@ def resolve(name_or_path: str | Path, *, type: str | None = None, progress: Repo
 
     Args:
         name_or_path: a GGUF file; a folder with config.json and safetensors; or OWNER/NAME[@REVISION][:TYPE].
-        type: of the converted weights ("q8_0", "q4_0", ...), as :TYPE in the name; None is `default_type`.
+        type: of the converted weights ("q8_0", "q4_m", ...), as :TYPE in the name; None is `default_type`.
         progress: called with a stage and how far it is, in bytes.
         update: ask the hub again although the name is in the cache.
 
@@ -84,7 +87,7 @@ def weights(name_or_path: str | Path, *, progress: Report | None = None) -> Path
 
 def default_type(parameters: int) -> str:
     """The type that a model of this size is converted to unless told: the best that a laptop still runs well."""
-    return "q8_0" if parameters < DEFAULT_LIMIT else "q4_0"
+    return "q8_0" if parameters < DEFAULT_LIMIT else "q4_m"
 
 
 def _split_id(text: str) -> tuple[str, str | None]:
@@ -162,7 +165,7 @@ def _obtain(found: hub.Repository, root: Path, type: str | None, report: Report)
 
     small, key, folder = _look_in(found, root)
     kind = type or default_type(_parameters(folder))  # what cannot be run is refused before 15 GB have come
-    if not type and (ready := _choose(files, kind, exact=True)):
+    if not type and (ready := next(filter(None, (_choose(files, t) for t in _AS_GOOD[kind])), None)):
         return _fetch_ready(found, ready, root, report)
     out = root / f"{found.id.split('/')[1]}-{_checked(kind)}-{key}.gguf"
     if out.is_file():
@@ -250,9 +253,7 @@ def _read_note(note: Path, root: Path) -> Path | None:
 
 def _write_note(note: Path, content: dict[str, str]) -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
-    aside = note.with_name(f"{note.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    aside.replace(note)
+    write_file(note, (json.dumps(content) + "\n").encode())
 
 
 # -- what files are for ----------------------------------------------------------------------------------------------
@@ -274,11 +275,11 @@ def _weights(folder: Path, files: set[str]) -> list[str]:
     raise FormatError(f"{folder}: has a config.json but no {_SINGLE} or {_INDEX} beside it")
 
 
-def _choose(names: set[str], type: str | None, exact: bool = False) -> str | None:
+def _choose(names: set[str], type: str | None) -> str | None:
     """The GGUF file of a type among names; without a type the only one, or that of the most wanted type."""
     whole = [n for n in sorted(names) if n.lower().endswith(".gguf") and "mmproj" not in n.lower()
              and not re.search(r"-\d{5}-of-\d{5}\.gguf$", n)]
-    if type or exact:
+    if type:
         return next((n for n in whole if _type_of_name(n) == type), None)
     for wanted in _PREFERRED:
         if match := next((n for n in whole if _type_of_name(n) == wanted), None):

@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hybridlm.data.atomic import flush_files, flush_folder, write_file
+from hybridlm.atomic import flush_files, flush_folder, write_file
 from hybridlm.data.tokens import sha256_of
-from hybridlm.errors import DataError
+from hybridlm.errors import DataError, HybridLMError
 
 __all__ = ["load_newest", "save"]
 
@@ -52,7 +52,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: dict[st
             shutil.rmtree(final)
         aside.rename(final)
         flush_folder(folder)
-    except DataError:
+    except HybridLMError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridlm.data.atomic import write_file
+from hybridlm.atomic import write_file
 from hybridlm.errors import DataError
 
 __all__ = ["Metrics"]

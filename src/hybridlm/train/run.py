@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 import hybridlm
+from hybridlm.atomic import flush_files, flush_folder, write_file
 from hybridlm.data import Source, TokenFolder, TokenStream, tokenize
-from hybridlm.data.atomic import flush_files, flush_folder, write_file
 from hybridlm.data.shards import held_out
 from hybridlm.data.tokens import MANIFEST
 from hybridlm.errors import ConfigError, DataError

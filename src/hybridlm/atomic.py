@@ -23,7 +23,8 @@ try:
 except ImportError:  # Windows, where a file that someone has open cannot be removed at all
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["DiskFullError", "atomic_write", "atomic_write_all", "clean_stale", "require_space"]
+__all__ = ["DiskFullError", "atomic_write", "atomic_write_all", "clean_stale", "flush_files", "flush_folder",
+           "require_space", "write_file"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -76,7 +77,7 @@ def atomic_write_all(
                 file.close()
             Path(file.name).replace(target)
         for folder in {target.parent for target in targets}:
-            _sync_folder(folder)
+            flush_folder(folder)
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -129,9 +130,27 @@ def _escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
-    with contextlib.suppress(OSError):
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Put `data` at `path`, whole or not at all. Raises `HybridLMError` when that cannot be done."""
+    try:
+        with atomic_write(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise HybridLMError(f"{path}: cannot be written ({error.strerror}); what was there before is "
+                            "untouched") from None
+
+
+def flush_files(folder: Path) -> None:
+    """Make the files of a folder, and their names, last; before the folder is renamed to what counts."""
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    flush_folder(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames within a folder last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows cannot open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

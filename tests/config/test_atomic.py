@@ -8,13 +8,13 @@ import time
 
 import pytest
 
+from hybridlm import atomic
+from hybridlm.atomic import DiskFullError, atomic_write, atomic_write_all
 from hybridlm.errors import HybridLMError
-from hybridlm.formats import atomic
-from hybridlm.formats.atomic import DiskFullError, atomic_write, atomic_write_all
 
 WRITER = """
 import sys
-from hybridlm.formats.atomic import atomic_write
+from hybridlm.atomic import atomic_write
 with atomic_write(sys.argv[1]) as f:
     f.write(b"half")
     f.flush()
@@ -88,7 +88,7 @@ def test_too_little_space_is_said_before_the_work(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
 def test_a_disk_that_fills_up(tmp_path):
-    code = ("import resource, sys; from hybridlm.formats.atomic import *\n"
+    code = ("import resource, sys; from hybridlm.atomic import *\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
             "try:\n  with atomic_write(sys.argv[1]) as f:\n    f.write(bytes(100_000))\n"
             "except DiskFullError as e:\n  print(e)")
