@@ -25,7 +25,7 @@ def gguf(micro):
 def base(tmp_path_factory):
     """A GGUF file without a chat template."""
     folder = tmp_path_factory.mktemp("base")
-    convert(write_micro(folder / "base", chat=False), folder / "base.gguf", "q8_0")
+    convert(write_micro(folder / "base", chat=""), folder / "base.gguf", "q8_0")
     return folder / "base.gguf"
 
 

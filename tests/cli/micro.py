@@ -22,8 +22,8 @@ def micro_config(**changes) -> HybridConfig:
     return HybridConfig(**{**base, **changes})
 
 
-def write_micro(folder: Path, *, seed: int = 0, chat: bool = True, max_shard_bytes: int = 200_000, **changes) -> Path:
-    """The folder, with safetensors in several shards, config.json, tokenizer and, with `chat`, a chat template."""
+def write_micro(folder: Path, *, seed: int = 0, chat: str = CHATML, max_shard_bytes: int = 200_000, **changes) -> Path:
+    """The folder: safetensors in several shards, config.json, a tokenizer, a chat template unless `chat` is empty."""
     config = micro_config(**changes)
     rng = np.random.default_rng(seed)
 
@@ -38,5 +38,5 @@ def write_micro(folder: Path, *, seed: int = 0, chat: bool = True, max_shard_byt
     byte_level().save(folder)
     if chat:
         settings = json.loads((folder / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHATML}))
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": chat}))
     return folder

@@ -104,7 +104,9 @@ def test_turn_end(gguf):
 
 def test_ctrl_c_stops_the_answer_only(tmp_path):
     """In a real terminal: interrupt an endless answer, then ask again, leave by Ctrl-D; the history is kept."""
-    folder = write_micro(tmp_path / "long", max_position_embeddings=60_000)
+    # Endless: nothing that it could write by chance ends an answer.
+    folder = write_micro(tmp_path / "long", max_position_embeddings=60_000, eos_token_id=100_000,
+                         chat="{% for m in messages %}{{ m.content }}\n{% endfor %}")
     convert(folder, tmp_path / "long.gguf", "q8_0")
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "hybridlm.cli", "chat", str(tmp_path / "long.gguf"), "--seed", "1"]
@@ -135,6 +137,8 @@ def test_ctrl_c_stops_the_answer_only(tmp_path):
         until(b"tokens generated")
         until(b"> ")
         os.write(master, b"\x03")
+        if not select.select([master], [], [], 5)[0]:  # came before readline listened; Python notices at Enter
+            os.write(master, b"\n")
         until(b"[Ctrl-D or /exit leaves]")
         until(b"> ")
         os.write(master, b"\x04")

@@ -50,6 +50,7 @@ def test_a_folder_is_converted_once(tmp_path):
     assert resolve(folder, progress=lambda *stage: stages.append(stage)) == first and not stages
     other = resolve(f"{folder}:q4_0")
     assert other != first and "q4_0" in types(other) and first.is_file()
+    assert resolve(f"{folder}:q4_m") not in (first, other)  # a mix of types
 
 
 def test_a_changed_folder_is_converted_again_and_the_old_file_goes(tmp_path):
@@ -103,7 +104,7 @@ def test_folders_that_are_no_model(tmp_path):
 
 
 def test_default_type_depends_on_size():
-    assert default_type(25_000_000) == "q8_0" and default_type(7_430_870_688) == "q4_0"
+    assert default_type(25_000_000) == "q8_0" and default_type(7_430_870_688) == "q4_m"
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def test_update_follows_the_weights_and_not_the_readme(hub):
     assert second != first and resolve("someone/micro") == second
 
 
-def test_a_ready_file_is_preferred_where_its_type_fits(hub):
+def test_a_ready_file_is_preferred_where_its_type_fits(hub, monkeypatch):
     for type in ("q8_0", "q4_0"):
         convert(served(hub), served(hub) / f"micro-{type.upper()}.gguf", type)
     ready = served(hub) / "micro-Q8_0.gguf"
@@ -174,6 +175,9 @@ def test_a_ready_file_is_preferred_where_its_type_fits(hub):
         e["size"] for e in map(entry, [served(hub) / "tokenizer.json", served(hub) / "model.safetensors.index.json"])
         if "sha256" in e)
     assert resolve("someone/micro:q4_0").name == "micro-Q4_0.gguf"
+    # As if it were large: 4 bits will do, these too.
+    monkeypatch.setattr(sys.modules["hybridlm.store.resolve"], "DEFAULT_LIMIT", 1000)
+    assert resolve("someone/micro", update=True).name == "micro-Q4_0.gguf"
     assert "f16" in types(resolve("someone/micro:f16"))  # converted, as no such file is there
 
 

@@ -30,7 +30,7 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Convert and quantise": {
         "convert": ("convert", "Turn a Hugging Face folder or hub repository into one GGUF file."),
-        "quantize": ("quantize", "Make a GGUF file smaller: q8_0, q4_0, ..."),
+        "quantize": ("quantize", "Make a GGUF file smaller: q8_0, q5_m, q4_m, ..."),
         "inspect": ("inspect", "Show what a model file holds: shape, tensors, types, sizes."),
     },
     "Run": {

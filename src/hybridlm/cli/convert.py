@@ -17,7 +17,8 @@ def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder with config.json and safetensors, or a hub "
                                                               "repository: owner/name or owner/name@revision.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
-    type: Annotated[str, typer.Option("--type", help="f32, bf16, f16, q8_0, q4_0, ...")] = "q8_0",
+    type: Annotated[str, typer.Option("--type", help="f32, bf16, f16, q8_0, q4_0, ..., or a mix: q4_m, q5_m, q6_m, "
+                                                     "q4_s.")] = "q8_0",
     json: JsonOption = False,
 ) -> None:
     """Turn a Hugging Face folder or hub repository into one GGUF file.
