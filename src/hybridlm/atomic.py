@@ -104,12 +104,13 @@ def clean_stale(target: Path) -> None:
                 path.unlink()
 
 
-def require_space(folder: Path, size: int) -> None:
-    """Raise `DiskFullError` when `folder` clearly has no room for `size` more bytes."""
+def require_space(folder: Path, size: int, what: str = "", way_out: str = "choose another place") -> None:
+    """Raise `DiskFullError` when `folder` clearly has no room for `size` more bytes, which are for `what`."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise DiskFullError(f"{folder}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; free space or "
-                            "choose another place")
+        purpose = f" for {what}" if what else ""
+        raise DiskFullError(f"{folder}: {size / 1e9:.2f} GB are needed{purpose} and {free / 1e9:.2f} GB are free; free "
+                            f"space or {way_out}")
 
 
 def _temporary(target: Path) -> BinaryIO:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hybridlm import atomic
 from hybridlm.errors import HybridLMError
 
 __all__ = ["Report", "fingerprint", "home", "locked", "require_space"]
@@ -64,10 +64,7 @@ def locked(path: Path, report: Report) -> Iterator[None]:
 
 def require_space(folder: Path, nbytes: int, what: str) -> None:
     """Raise when the disk of `folder` has no room for `nbytes`, which are for `what`."""
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise HybridLMError(f"{what} needs {nbytes / 1e9:.1f} GB of disk and {folder} has {free / 1e9:.1f} GB left; "
-                            "free some, or set HYBRIDLM_HOME to a folder on a larger disk")
+    atomic.require_space(folder, nbytes, what, "set HYBRIDLM_HOME to a folder on a larger disk")
 
 
 def fingerprint(folder: Path, names: list[str]) -> str:

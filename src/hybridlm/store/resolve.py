@@ -208,7 +208,7 @@ def _fetch_weights(found: hub.Repository, small: list[str], folder: Path, room: 
 def _fetch_ready(found: hub.Repository, name: str, root: Path, report: Report) -> Path:
     folder = root / "files" / _key(found, [name])
     folder.mkdir(parents=True, exist_ok=True)
-    require_space(folder, hub.missing_bytes(found, [name], folder), f"{found.id}, {name},")
+    require_space(folder, hub.missing_bytes(found, [name], folder), f"{found.id}, {name}")
     hub.fetch(found, [name], folder, report)
     return folder / name
 

@@ -19,7 +19,7 @@ __all__ = ["Metrics"]
 class Metrics:
     """One object a step, appended and flushed to the system, so that a killed process loses none that was written."""
 
-    def __init__(self, out: Path, step: int, *, total: int, tokens_per_step: int, tensorboard: bool) -> None:
+    def __init__(self, out: Path, step: int, *, total: int, tensorboard: bool) -> None:
         """`step`: how many steps the checkpoint being resumed has behind it; later lines are cut off."""
         path = out / "metrics.jsonl"
         if path.exists():
@@ -27,7 +27,6 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
         self._board = _board(out / "tensorboard", step) if tensorboard else None
         self._display = _Bar(total, step) if sys.stderr.isatty() else _Lines(total)
-        self._tokens_per_step = tokens_per_step
 
     def log(self, record: dict[str, Any], *, eta: float) -> None:
         """Write one step's record; `eta` is the seconds left, for the display."""

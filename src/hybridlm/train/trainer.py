@@ -113,8 +113,7 @@ class Trainer:
         self.resume()
         recipe = self.recipe
         total = 0 if recipe.seconds else recipe.steps
-        metrics = Metrics(self.out, self.step, total=total, tokens_per_step=recipe.tokens_per_step,
-                          tensorboard=recipe.tensorboard)
+        metrics = Metrics(self.out, self.step, total=total, tensorboard=recipe.tensorboard)
         reader = ThreadPoolExecutor(1)
         try:
             with _signals() as asked:
