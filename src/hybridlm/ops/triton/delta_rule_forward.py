@@ -82,7 +82,7 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
                    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
                    NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr):
     """T and P of one chunk and value head, and its factors per token: beta, beta exp(G) |k|^-1, s exp(G) |q|^-1 and
-    exp(G_C - G) |k|^-1; `carry` is exp(G_C)."""
+    exp(G_C - G) |k|^-1, then G, |k|^-1 and s |q|^-1; `carry` is exp(G_C)."""
     head = tl.program_id(0)
     chunk = tl.program_id(1)
     if VARLEN:
@@ -133,10 +133,13 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
     out = (chunk * H + head).to(tl.int64)
     tl.store(carry + out, tl.exp(total))
     into = tl.exp(decay)
-    tl.store(factors + out * 256 + r, b)
-    tl.store(factors + out * 256 + 64 + r, b * into * lk)
-    tl.store(factors + out * 256 + 128 + r, into * lq)
-    tl.store(factors + out * 256 + 192 + r, tl.exp(total - decay) * lk)
+    tl.store(factors + out * 448 + r, b)
+    tl.store(factors + out * 448 + 64 + r, b * into * lk)
+    tl.store(factors + out * 448 + 128 + r, into * lq)
+    tl.store(factors + out * 448 + 192 + r, tl.exp(total - decay) * lk)
+    tl.store(factors + out * 448 + 256 + r, decay)
+    tl.store(factors + out * 448 + 320 + r, lk)
+    tl.store(factors + out * 448 + 384 + r, lq)
 
     seen = r[:, None] >= r[None, :]
     d = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], 0.0)) * lk[None, :]
@@ -147,14 +150,14 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
 
 
 @triton.jit
-def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initial, o, states, final, time, sequences,
-                H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr,
+def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes, final, time,
+                sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr,
                 KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
                 STATES: tl.constexpr, VARLEN: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
-    OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K] in o's
-    type.
+    OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w,
+    shaped as v; both in v's type.
     """
     slab = tl.program_id(0)
     head = tl.program_id(1)
@@ -198,9 +201,9 @@ def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initi
         t = tl.load(inverse + tile)
         values = (token * H + head) * V
         x = tl.load(v + values[None, :] + cv[:, None], mask=here[None, :] & inside[:, None], other=0.0)
-        b = tl.load(factors + index * 256 + r)
-        bk = tl.load(factors + index * 256 + 64 + r)
-        rest = tl.load(factors + index * 256 + 192 + r)
+        b = tl.load(factors + index * 448 + r)
+        bk = tl.load(factors + index * 448 + 64 + r)
+        rest = tl.load(factors + index * 448 + 192 + r)
         fade = tl.load(carry + index)
 
         na = sa.to(narrow)
@@ -223,12 +226,14 @@ def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initi
                 y = tl.dot(nb, tl.trans(qb), y, input_precision=EXACT)
         x = x.to(tl.float32) * b[None, :] - read * bk[None, :]
         w = tl.dot(x.to(narrow), tl.trans(t), input_precision=EXACT)
+        if STATES:
+            tl.store(writes + values[None, :] + cv[:, None], w.to(narrow), mask=here[None, :] & inside[:, None])
         nw = (w * rest[None, :]).to(narrow)
         sa = tl.dot(nw, ka, sa * fade, input_precision=EXACT)
         if KB > 0:
             sb = tl.dot(nw, kb, sb * fade, input_precision=EXACT)
         if OUTPUT:
-            y *= tl.load(factors + index * 256 + 128 + r)[None, :]
+            y *= tl.load(factors + index * 448 + 128 + r)[None, :]
             y = tl.dot(w.to(narrow), tl.trans(p), y, input_precision=EXACT)
             tl.store(o + values[None, :] + cv[:, None], y.to(narrow), mask=here[None, :] & inside[:, None])
 
