@@ -57,19 +57,22 @@ def reverse_scan_kernel(q, k, do, inverse, scores, factors, carry, bounds, offse
         sb = tl.load(dfinal + memory + cb[None, :] * V + cv[:, None], mask=inside[:, None] & (cb < K)[None, :],
                      other=0.0)
 
+    at = (r * (HK * K))[:, None]
+    tile = r[:, None] * 64 + r[None, :]
+    values = (r * (H * V))[None, :] + cv[:, None]
     for i in range(chunks):
         c = chunks - 1 - i
         here = c * 64 + r < length
-        token = (first + c * 64 + r).to(tl.int64)
-        at = ((token * HK + head // (H // HK)) * K)[:, None]
+        token = (first + c * 64).to(tl.int64)
+        kc = k + (token * HK + head // (H // HK)) * K
+        qc = q + (token * HK + head // (H // HK)) * K
         index = ((chunk + c) * H + head).to(tl.int64)
-        tile = index * 4096 + r[:, None] * 64 + r[None, :]
-        values = (token * H + head) * V
-        ka = tl.load(k + at + ca[None, :], mask=here[:, None], other=0.0)
-        qa = tl.load(q + at + ca[None, :], mask=here[:, None], other=0.0)
-        t = tl.load(inverse + tile)
-        p = tl.load(scores + tile)
-        d = tl.load(do + values[None, :] + cv[:, None], mask=here[None, :] & inside[:, None], other=0.0)
+        vc = (token * H + head) * V
+        ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
+        qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
+        t = tl.load(inverse + index * 4096 + tile)
+        p = tl.load(scores + index * 4096 + tile)
+        d = tl.load(do + vc + values, mask=here[None, :] & inside[:, None], other=0.0)
         bk = tl.load(factors + index * 448 + 64 + r)
         into = tl.load(factors + index * 448 + 128 + r)
         rest = tl.load(factors + index * 448 + 192 + r)
@@ -80,14 +83,14 @@ def reverse_scan_kernel(q, k, do, inverse, scores, factors, carry, bounds, offse
         tl.store(base + cv[:, None] * K + ca[None, :], na, mask=inside[:, None])
         dw = tl.dot(na, tl.trans(ka), input_precision=EXACT)
         if KB > 0:
-            kb = tl.load(k + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
-            qb = tl.load(q + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
+            kb = tl.load(kc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
+            qb = tl.load(qc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
             nb = sb.to(narrow)
             tl.store(base + cv[:, None] * K + cb[None, :], nb, mask=inside[:, None] & (cb < K)[None, :])
             dw = tl.dot(nb, tl.trans(kb), dw, input_precision=EXACT)
         dw = tl.dot(d, p, dw * rest[None, :], input_precision=EXACT)
         dx = tl.dot(dw.to(narrow), t, input_precision=EXACT)
-        tl.store(e + values[None, :] + cv[:, None], dx.to(narrow), mask=here[None, :] & inside[:, None])
+        tl.store(e + vc + values, dx.to(narrow), mask=here[None, :] & inside[:, None])
         dq = (d.to(tl.float32) * into[None, :]).to(narrow)
         dk = (dx * -bk[None, :]).to(narrow)
         sa = tl.dot(dq, qa, sa * fade, input_precision=EXACT)
@@ -133,147 +136,136 @@ def gradient_kernel(q, k, v, g, do, e, w, states, dstates, factors, carry, bound
     index = (chunk * H + head).to(tl.int64)
     ca = tl.arange(0, KA)
     cb = KA + tl.arange(0, KB if KB > 0 else 16)
+    factor = factors + index * 448 + r
+    b = tl.load(factor)
+
+    # Everything that sums over V, in one pass.
+    dqa = tl.zeros((64, KA), tl.float32)  # do S^T
+    xa = tl.zeros((64, KA), tl.float32)  # e S^T
+    ya = tl.zeros((64, KA), tl.float32)  # w dS'^T
+    if KB > 0:
+        dqb = tl.zeros((64, KB), tl.float32)
+        xb = tl.zeros((64, KB), tl.float32)
+        yb = tl.zeros((64, KB), tl.float32)
+    dp = tl.zeros((64, 64), tl.float32)  # do w^T
+    dpt = tl.zeros((64, 64), tl.float32)
+    dl = tl.zeros((64, 64), tl.float32)  # e w^T
+    dlt = tl.zeros((64, 64), tl.float32)
+    ev = tl.zeros((64,), tl.float32)
+    kept = tl.zeros((BV,), tl.float32)  # <S, dS'>
+    memory = index * (V * K)
+    for s in range(0, V, BV):
+        cv = s + tl.arange(0, BV)
+        inside = (cv < V)[:, None]
+        both = rows & (cv < V)[None, :]
+        d = tl.load(do + values + cv[None, :], mask=both, other=0.0)
+        x = tl.load(e + values + cv[None, :], mask=both, other=0.0)
+        y = tl.load(w + values + cv[None, :], mask=both, other=0.0)
+        sa = tl.load(states + memory + cv[:, None] * K + ca[None, :], mask=inside, other=0.0)
+        ta = tl.load(dstates + memory + cv[:, None] * K + ca[None, :], mask=inside, other=0.0)
+        dqa = tl.dot(d, sa, dqa, input_precision=EXACT)
+        xa = tl.dot(x, sa, xa, input_precision=EXACT)
+        ya = tl.dot(y, ta, ya, input_precision=EXACT)
+        kept += tl.sum(sa.to(tl.float32) * ta.to(tl.float32), 1)
+        if KB > 0:
+            sides = inside & (cb < K)[None, :]
+            sb = tl.load(states + memory + cv[:, None] * K + cb[None, :], mask=sides, other=0.0)
+            tb = tl.load(dstates + memory + cv[:, None] * K + cb[None, :], mask=sides, other=0.0)
+            dqb = tl.dot(d, sb, dqb, input_precision=EXACT)
+            xb = tl.dot(x, sb, xb, input_precision=EXACT)
+            yb = tl.dot(y, tb, yb, input_precision=EXACT)
+            kept += tl.sum(sb.to(tl.float32) * tb.to(tl.float32), 1)
+        dp = tl.dot(d, tl.trans(y), dp, input_precision=EXACT)
+        dpt = tl.dot(y, tl.trans(d), dpt, input_precision=EXACT)
+        dl = tl.dot(x, tl.trans(y), dl, input_precision=EXACT)
+        dlt = tl.dot(y, tl.trans(x), dlt, input_precision=EXACT)
+        value = tl.load(v + values + cv[None, :], mask=both, other=0.0)
+        ev += tl.sum(x.to(tl.float32) * value.to(tl.float32), 1)
+        tl.store(dv + values + cv[None, :], (x.to(tl.float32) * b[:, None]).to(narrow), mask=both)
+
     ka = tl.load(k + at + ca[None, :], mask=rows, other=0.0)
     qa = tl.load(q + at + ca[None, :], mask=rows, other=0.0)
     if KB > 0:
         kb = tl.load(k + at + cb[None, :], mask=rows & (cb < K)[None, :], other=0.0)
         qb = tl.load(q + at + cb[None, :], mask=rows & (cb < K)[None, :], other=0.0)
-    factor = factors + index * 448 + r
-    b = tl.load(factor)
-
-    # Through the state at the start: do S^T and e S^T, and what e meets in v.
-    dqa = tl.zeros((64, KA), tl.float32)
-    dka = tl.zeros((64, KA), tl.float32)
-    if KB > 0:
-        dqb = tl.zeros((64, KB), tl.float32)
-        dkb = tl.zeros((64, KB), tl.float32)
-    ev = tl.zeros((64,), tl.float32)
-    memory = index * (V * K)
-    for s in range(0, V, BV):
-        cv = s + tl.arange(0, BV)
-        both = rows & (cv < V)[None, :]
-        d = tl.load(do + values + cv[None, :], mask=both, other=0.0)
-        x = tl.load(e + values + cv[None, :], mask=both, other=0.0)
-        sa = tl.load(states + memory + cv[:, None] * K + ca[None, :], mask=(cv < V)[:, None], other=0.0)
-        dqa = tl.dot(d, sa, dqa, input_precision=EXACT)
-        dka = tl.dot(x, sa, dka, input_precision=EXACT)
-        if KB > 0:
-            sb = tl.load(states + memory + cv[:, None] * K + cb[None, :], mask=(cv < V)[:, None] & (cb < K)[None, :],
-                         other=0.0)
-            dqb = tl.dot(d, sb, dqb, input_precision=EXACT)
-            dkb = tl.dot(x, sb, dkb, input_precision=EXACT)
-        y = tl.load(v + values + cv[None, :], mask=both, other=0.0)
-        ev += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-        tl.store(dv + values + cv[None, :], (x.to(tl.float32) * b[:, None]).to(narrow), mask=both)
-
     lk = tl.load(factor + 320)
     decay = tl.load(factor + 256)
     bk = tl.load(factor + 64)
     into = tl.load(factor + 128)
     rest = tl.load(factor + 192)
-    dq_q = tl.sum(dqa * qa.to(tl.float32), 1)
-    dk_k = tl.sum(dka * ka.to(tl.float32), 1)
-    if KB > 0:
-        dq_q += tl.sum(dqb * qb.to(tl.float32), 1)
-        dk_k += tl.sum(dkb * kb.to(tl.float32), 1)
-        dqb *= into[:, None]
-        dkb *= -bk[:, None]
-    dqa *= into[:, None]
-    dka *= -bk[:, None]
-    db = ev - tl.exp(decay) * lk * dk_k
-    dk_k *= -bk
-    ddecay = dq_q * into + dk_k
-
-    # Through the state at the end: w dS'^T, and the decay of S itself.
-    kept = 0.0
-    for s in range(0, V, BV):
-        cv = s + tl.arange(0, BV)
-        x = tl.load(w + values + cv[None, :], mask=rows & (cv < V)[None, :], other=0.0)
-        x = (x.to(tl.float32) * rest[:, None]).to(narrow)
-        sa = tl.load(dstates + memory + cv[:, None] * K + ca[None, :], mask=(cv < V)[:, None], other=0.0)
-        ta = tl.load(states + memory + cv[:, None] * K + ca[None, :], mask=(cv < V)[:, None], other=0.0)
-        dka = tl.dot(x, sa, dka, input_precision=EXACT)
-        kept += tl.sum(tl.sum(sa.to(tl.float32) * ta.to(tl.float32), 1), 0)
-        if KB > 0:
-            sides = (cv < V)[:, None] & (cb < K)[None, :]
-            sb = tl.load(dstates + memory + cv[:, None] * K + cb[None, :], mask=sides, other=0.0)
-            tb = tl.load(states + memory + cv[:, None] * K + cb[None, :], mask=sides, other=0.0)
-            dkb = tl.dot(x, sb, dkb, input_precision=EXACT)
-            kept += tl.sum(tl.sum(sb.to(tl.float32) * tb.to(tl.float32), 1), 0)
-    written = tl.sum(dka * ka.to(tl.float32), 1)
-    if KB > 0:
-        written += tl.sum(dkb * kb.to(tl.float32), 1)
-    written -= dk_k
-    ddecay -= written
-    last = kept * tl.load(carry + index) + tl.sum(written, 0)
-
-    # Through P, and through L.
     lq = tl.load(factor + 384)
-    seen = r[:, None] >= r[None, :]
-    strict = r[:, None] > r[None, :]
-    tees = r[:, None] < r[None, :]  # strict, transposed
-    d_ij = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], 0.0))
-    d_ji = tl.exp(tl.where(seen, 0.0, decay[None, :] - decay[:, None]))
-    dp = tl.zeros((64, 64), tl.float32)
-    dpt = tl.zeros((64, 64), tl.float32)
-    for s in range(0, V, BV):
-        cv = s + tl.arange(0, BV)
-        both = rows & (cv < V)[None, :]
-        d = tl.load(do + values + cv[None, :], mask=both, other=0.0)
-        x = tl.load(w + values + cv[None, :], mask=both, other=0.0)
-        dp = tl.dot(d, tl.trans(x), dp, input_precision=EXACT)
-        dpt = tl.dot(x, tl.trans(d), dpt, input_precision=EXACT)
-    dp = tl.where(seen, dp * d_ij * lq[:, None] * lk[None, :], 0.0)
-    dpt = tl.where(tees | (r[:, None] == r[None, :]), dpt * d_ji * lk[:, None] * lq[None, :], 0.0).to(narrow)
-    pairs = tl.dot(qa, tl.trans(ka), input_precision=EXACT)
+    along_q = tl.sum(dqa * qa.to(tl.float32), 1)
+    read = tl.sum(xa * ka.to(tl.float32), 1)
+    written = tl.sum(ya * ka.to(tl.float32), 1)
+    dka = ya * rest[:, None] - xa * bk[:, None]
+    dqa *= into[:, None]
     if KB > 0:
-        pairs = tl.dot(qb, tl.trans(kb), pairs, input_precision=EXACT)
-    pairs = tl.where(strict, pairs * dp, 0.0)
-    ndp = dp.to(narrow)
-    dqa = tl.dot(ndp, ka, dqa, input_precision=EXACT)
-    dka = tl.dot(dpt, qa, dka, input_precision=EXACT)
-    if KB > 0:
-        dqb = tl.dot(ndp, kb, dqb, input_precision=EXACT)
-        dkb = tl.dot(dpt, qb, dkb, input_precision=EXACT)
+        along_q += tl.sum(dqb * qb.to(tl.float32), 1)
+        read += tl.sum(xb * kb.to(tl.float32), 1)
+        written += tl.sum(yb * kb.to(tl.float32), 1)
+        dkb = yb * rest[:, None] - xb * bk[:, None]
+        dqb *= into[:, None]
+    along_q *= into
+    written *= rest
+    db = ev - tl.exp(decay) * lk * read
+    read *= -bk
+    along_k = read + written
+    ddecay = along_q + read - written
+    last = tl.sum(kept, 0) * tl.load(carry + index) + tl.sum(written, 0)
 
-    m = tl.zeros((64, 64), tl.float32)
-    mt = tl.zeros((64, 64), tl.float32)
-    for s in range(0, V, BV):
-        cv = s + tl.arange(0, BV)
-        both = rows & (cv < V)[None, :]
-        d = tl.load(e + values + cv[None, :], mask=both, other=0.0)
-        x = tl.load(w + values + cv[None, :], mask=both, other=0.0)
-        m = tl.dot(d, tl.trans(x), m, input_precision=EXACT)
-        mt = tl.dot(x, tl.trans(d), mt, input_precision=EXACT)
+    # Through L.
+    strict = r[:, None] > r[None, :]
+    later = r[:, None] < r[None, :]  # strict, transposed
     gram = tl.dot(ka, tl.trans(ka), input_precision=EXACT)
     if KB > 0:
         gram = tl.dot(kb, tl.trans(kb), gram, input_precision=EXACT)
-    m = tl.where(strict, m * d_ij * -lk[:, None] * lk[None, :], 0.0)
-    db += tl.sum(m * gram, 1)
-    m *= b[:, None]
-    pairs += m * gram
-    m += tl.where(tees, mt * d_ji * -(b * lk)[None, :] * lk[:, None], 0.0)
-    nm = m.to(narrow)
-    dka = tl.dot(nm, ka, dka, input_precision=EXACT)
+    dl *= tl.where(strict, tl.exp(tl.where(strict, decay[:, None] - decay[None, :], 0.0)), 0.0) \
+        * lk[:, None] * -lk[None, :]
+    db += tl.sum(dl * gram, 1)
+    dl *= b[:, None]
+    pairs = dl * gram
+    over, under = tl.sum(pairs, 1), tl.sum(pairs, 0)
+    along_k += over + under
+    ddecay += over - under
+    dlt *= tl.where(later, tl.exp(tl.where(later, decay[None, :] - decay[:, None], 0.0)), 0.0) \
+        * lk[:, None] * (-b * lk)[None, :]
+    sums = (dl + dlt).to(narrow)
+    dka = tl.dot(sums, ka, dka, input_precision=EXACT)
     if KB > 0:
-        dkb = tl.dot(nm, kb, dkb, input_precision=EXACT)
+        dkb = tl.dot(sums, kb, dkb, input_precision=EXACT)
 
-    ddecay += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    # Through P.
+    same = r[:, None] == r[None, :]
+    pairs = tl.dot(qa, tl.trans(ka), input_precision=EXACT)
+    if KB > 0:
+        pairs = tl.dot(qb, tl.trans(kb), pairs, input_precision=EXACT)
+    dp *= tl.where(strict | same, tl.exp(tl.where(strict, decay[:, None] - decay[None, :], 0.0)), 0.0) \
+        * lq[:, None] * lk[None, :]
+    dpt *= tl.where(later | same, tl.exp(tl.where(later, decay[None, :] - decay[:, None], 0.0)), 0.0) \
+        * lk[:, None] * lq[None, :]
+    pairs *= dp
+    diagonal = tl.sum(tl.where(same, pairs, 0.0), 1)
+    pairs = tl.where(strict, pairs, 0.0)
+    over, under = tl.sum(pairs, 1), tl.sum(pairs, 0)
+    along_q += over + diagonal
+    along_k += under + diagonal
+    ddecay += over - under
+    rows_p, columns_p = dp.to(narrow), dpt.to(narrow)
+    dqa = tl.dot(rows_p, ka, dqa, input_precision=EXACT)
+    dka = tl.dot(columns_p, qa, dka, input_precision=EXACT)
+    if KB > 0:
+        dqb = tl.dot(rows_p, kb, dqb, input_precision=EXACT)
+        dkb = tl.dot(columns_p, qb, dkb, input_precision=EXACT)
+
     ddecay = tl.where(r == 63, ddecay + last, ddecay)
     gate = token * H + head
-    # The running sum from the right, that a clamped or missing decay does not feel.
-    right = tl.cumsum(ddecay, 0, reverse=True)
+    # A running sum from the right, which decays at the floor, and those of no token, do not feel.
     alive = tl.load(g + gate, mask=here, other=0.0) > FLOOR
-    tl.store(dg + gate, tl.where(alive, right, 0.0), mask=here)
+    tl.store(dg + gate, tl.where(alive, tl.cumsum(ddecay, 0, reverse=True), 0.0), mask=here)
     tl.store(dbeta + gate, db, mask=here)
 
-    # Through the norms.
+    # Through the norms: x / |x| takes from a gradient what lies along x.
     if NORM:
-        along_q = tl.sum(dqa * qa.to(tl.float32), 1)
-        along_k = tl.sum(dka * ka.to(tl.float32), 1)
-        if KB > 0:
-            along_q += tl.sum(dqb * qb.to(tl.float32), 1)
-            along_k += tl.sum(dkb * kb.to(tl.float32), 1)
         lq /= scale
         dqa -= qa.to(tl.float32) * (lq * lq * along_q)[:, None]
         dka -= ka.to(tl.float32) * (lk * lk * along_k)[:, None]

@@ -191,16 +191,19 @@ def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initi
         if KB > 0:
             sb = tl.zeros((BV, KB), tl.float32)
 
+    at = (r * (HK * K))[:, None]
+    tile = r[:, None] * 64 + r[None, :]
+    values = (r * (H * V))[None, :] + cv[:, None]
     for c in range(chunks):
         here = c * 64 + r < length
-        token = (first + c * 64 + r).to(tl.int64)
-        at = ((token * HK + head // (H // HK)) * K)[:, None]
+        token = (first + c * 64).to(tl.int64)
+        kc = k + (token * HK + head // (H // HK)) * K
+        qc = q + (token * HK + head // (H // HK)) * K
+        vc = v + (token * H + head) * V
         index = ((chunk + c) * H + head).to(tl.int64)
-        tile = index * 4096 + r[:, None] * 64 + r[None, :]
-        ka = tl.load(k + at + ca[None, :], mask=here[:, None], other=0.0)
-        t = tl.load(inverse + tile)
-        values = (token * H + head) * V
-        x = tl.load(v + values[None, :] + cv[:, None], mask=here[None, :] & inside[:, None], other=0.0)
+        ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
+        t = tl.load(inverse + index * 4096 + tile)
+        x = tl.load(vc + values, mask=here[None, :] & inside[:, None], other=0.0)
         b = tl.load(factors + index * 448 + r)
         bk = tl.load(factors + index * 448 + 64 + r)
         rest = tl.load(factors + index * 448 + 192 + r)
@@ -212,30 +215,29 @@ def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initi
             tl.store(base + cv[:, None] * K + ca[None, :], na, mask=inside[:, None])
         read = tl.dot(na, tl.trans(ka), input_precision=EXACT)
         if KB > 0:
-            kb = tl.load(k + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
+            kb = tl.load(kc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
             nb = sb.to(narrow)
             if STATES:
                 tl.store(base + cv[:, None] * K + cb[None, :], nb, mask=inside[:, None] & (cb < K)[None, :])
             read = tl.dot(nb, tl.trans(kb), read, input_precision=EXACT)
-        if OUTPUT:
-            qa = tl.load(q + at + ca[None, :], mask=here[:, None], other=0.0)
-            p = tl.load(scores + tile)
-            y = tl.dot(na, tl.trans(qa), input_precision=EXACT)
-            if KB > 0:
-                qb = tl.load(q + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
-                y = tl.dot(nb, tl.trans(qb), y, input_precision=EXACT)
         x = x.to(tl.float32) * b[None, :] - read * bk[None, :]
         w = tl.dot(x.to(narrow), tl.trans(t), input_precision=EXACT)
         if STATES:
-            tl.store(writes + values[None, :] + cv[:, None], w.to(narrow), mask=here[None, :] & inside[:, None])
+            tl.store(writes + (token * H + head) * V + values, w.to(narrow), mask=here[None, :] & inside[:, None])
         nw = (w * rest[None, :]).to(narrow)
         sa = tl.dot(nw, ka, sa * fade, input_precision=EXACT)
         if KB > 0:
             sb = tl.dot(nw, kb, sb * fade, input_precision=EXACT)
         if OUTPUT:
+            qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
+            p = tl.load(scores + index * 4096 + tile)
+            y = tl.dot(na, tl.trans(qa), input_precision=EXACT)
+            if KB > 0:
+                qb = tl.load(qc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
+                y = tl.dot(nb, tl.trans(qb), y, input_precision=EXACT)
             y *= tl.load(factors + index * 448 + 128 + r)[None, :]
             y = tl.dot(w.to(narrow), tl.trans(p), y, input_precision=EXACT)
-            tl.store(o + values[None, :] + cv[:, None], y.to(narrow), mask=here[None, :] & inside[:, None])
+            tl.store(o + (token * H + head) * V + values, y.to(narrow), mask=here[None, :] & inside[:, None])
 
     if OUTPUT:
         tl.store(final + memory + ca[None, :] * V + cv[:, None], sa, mask=inside[:, None])
