@@ -11,7 +11,6 @@ from torch import Tensor
 from hybridlm.ops.triton.delta_rule_backward import gradient_kernel, reverse_scan_kernel
 from hybridlm.ops.triton.delta_rule_forward import prepare_kernel, scan_kernel
 
-
 CHUNK = 64
 
 
@@ -92,8 +91,7 @@ def reverse_scan(shape: Shape, q, k, do, dfinal, prepared, need_initial, BV=64, 
     reverse_scan_kernel[triton.cdiv(shape.value_dim, BV), shape.heads, shape.sequences](
         q, k, do, *prepared, shape.bounds, shape.offsets, dfinal, dv, dstates, dinitial, shape.time, shape.sequences,
         **shape.constants(), V=shape.value_dim, BV=BV, INITIAL=need_initial, SPLIT=prepared[1] is not None,
-        num_warps=num_warps,
-        num_stages=num_stages)
+        num_warps=num_warps, num_stages=num_stages)
     return dv, dstates, dinitial
 
 
@@ -106,8 +104,8 @@ def gradients(shape: Shape, q, k, g, do, dv, writes, states, dstates, prepared, 
     dbeta = torch.empty_like(dg)
     gradient_kernel[shape.heads, shape.chunks](
         q, k, g, do, dv, writes, states, dstates, factors, carry, inverse, scores, shape.bounds, shape.offsets, dq,
-        dk, dg, dbeta, shape.time, shape.sequences, shape.value_dim, shape.key_dim**-0.5, **shape.constants(), V=shape.value_dim,
-        BV=BV, NORM=norm, FLOOR=-110.0, maxnreg=maxnreg, num_warps=num_warps, num_stages=num_stages)
+        dk, dg, dbeta, shape.time, shape.sequences, shape.value_dim, shape.key_dim**-0.5, **shape.constants(),
+        V=shape.value_dim, BV=BV, NORM=norm, FLOOR=-110.0, maxnreg=maxnreg, num_warps=num_warps, num_stages=num_stages)
     if shape.heads != shape.key_heads:
         dq, dk = (x.unflatten(2, (shape.key_heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
     return dq, dk, dg, dbeta

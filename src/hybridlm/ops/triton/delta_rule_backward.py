@@ -3,17 +3,16 @@
 Nothing of the forward pass is kept but its inputs: `prepare_kernel` and `scan_kernel` run again and leave each
 chunk's starting state S and its writes w. Then, with dS' the gradient of the state at a chunk's end:
 
-    reverse_scan_kernel    dw = P^T do + exp(G_C - G) k dS',  e = T^T dw
+    reverse_scan_kernel    dw = P^T do + exp(G_C - G) k dS',  e = T^T dw,  dv = beta e
                            dS = exp(G_C) dS' + s exp(G) q^T do - (beta exp(G) k)^T e        chunk after chunk, backwards
-    gradient_kernel        dv = beta e, and all else from S, dS', w, e and do, all chunks at once:
-                           dP = do w^T                 dL = -e w^T
+    gradient_kernel        all else from S, dS', w, dv and do, all chunks at once:
+                           dP = do w^T                 dL = -e w^T             dbeta = e.w / beta
                            dq = s exp(G) do S^T + (dP D s) k
                            dk = -beta exp(G) e S^T + exp(G_C - G) w dS'^T + (dP D s)^T q + (N + N^T) k, N = dL beta D
                            dG from each place where it stands in an exponent; dg is its running sum from the right
 
-Each sum has one program and one order, so results are the same from run to run. Products with the transposed of a
-64 x 64 result (dP^T, dL^T) are computed again in transposed form: Triton 3.6 transposes an accumulator wrongly on
-Hopper, and the tensor cores have the time.
+Each sum has one program and one order, so results are the same from run to run. Two 64 x 64 results are needed as they
+are and transposed: they go through memory, because Triton 3.6 transposes an accumulator wrongly on Hopper.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from hybridlm.ops.triton.delta_rule_forward import find
 
 
 @triton.jit
-def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry, bounds, offsets, dfinal, dv, dstates, dinitial,
-                        time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                        KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr,
+def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry, bounds, offsets, dfinal, dv, dstates,
+                        dinitial, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr,
+                        V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr,
                         VARLEN: tl.constexpr, SPLIT: tl.constexpr):
-    """dv, and dS' at the end of each chunk [chunks, H, V, K] in dv's type; INITIAL: also the initial state's gradient."""
+    """dv, and dS' at the end of each chunk, [chunks, H, V, K] in dv's type; INITIAL: also the initial state's."""
     slab = tl.program_id(0)
     head = tl.program_id(1)
     n = tl.program_id(2)

@@ -78,8 +78,8 @@ def unit_lower_inverse(lower, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores, factors, carry, time, sequences, scale,
-                   H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores, factors, carry, time, sequences,
+                   scale, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
                    NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     """T and P of one chunk and value head, and its factors per token: beta, beta exp(G) |k|^-1, s exp(G) |q|^-1 and
     exp(G_C - G) |k|^-1, then G, |k|^-1 and s |q|^-1; `carry` is exp(G_C)."""
@@ -154,9 +154,9 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores
 
 
 @triton.jit
-def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes, final, time,
-                sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr,
-                KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes,
+                final, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
                 STATES: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
