@@ -12,6 +12,7 @@ from hybridlm.ops.triton.delta_rule_backward import gradient_kernel, reverse_sca
 from hybridlm.ops.triton.delta_rule_forward import prepare_kernel, scan_kernel
 
 CHUNK = 64
+PREFETCH = not triton.knobs.runtime.interpret  # its interpreter has no PTX
 
 
 def widths(key_dim: int) -> tuple[int, int]:
@@ -68,14 +69,14 @@ def prepare(shape: Shape, q, k, g, beta, norm=True, precision="fp16", split=True
 
 
 def scan(shape: Shape, q, k, v, prepared, initial, *, output=True, states=None, writes=None, BV=64, num_warps=4,
-         num_stages=2):
+         num_stages=2, maxnreg=None, prefetch=PREFETCH):
     o = torch.empty_like(v) if output else None
     final = torch.empty(shape.sequences, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32,
                         device=q.device) if output else None
     scan_kernel[triton.cdiv(shape.value_dim, BV), shape.heads, shape.sequences](
         q, k, v, *prepared, shape.bounds, shape.offsets, initial, o, states, writes, final, shape.time,
         shape.sequences, **shape.constants(), V=shape.value_dim, BV=BV, INITIAL=initial is not None, OUTPUT=output,
-        STATES=states is not None, SPLIT=prepared[1] is not None, num_warps=num_warps, num_stages=num_stages)
+        STATES=states is not None, SPLIT=prepared[1] is not None, PREFETCH=prefetch, maxnreg=maxnreg, num_warps=num_warps, num_stages=num_stages)
     return o, final
 
 
@@ -84,19 +85,20 @@ def forward(q, k, v, g, beta, initial_state=None, cu_seqlens=None, norm=True):
     return scan(shape, q, k, v, prepare(shape, q, k, g, beta, norm), initial_state)
 
 
-def reverse_scan(shape: Shape, q, k, do, dfinal, prepared, need_initial, BV=64, num_warps=4, num_stages=2):
+def reverse_scan(shape: Shape, q, k, do, dfinal, prepared, need_initial, BV=64, num_warps=4, num_stages=2,
+                 maxnreg=None, prefetch=PREFETCH):
     dv = torch.empty_like(do)
     dstates = do.new_empty(shape.chunks, shape.heads, shape.value_dim, shape.key_dim)
     dinitial = torch.empty_like(dfinal) if need_initial else None
     reverse_scan_kernel[triton.cdiv(shape.value_dim, BV), shape.heads, shape.sequences](
         q, k, do, *prepared, shape.bounds, shape.offsets, dfinal, dv, dstates, dinitial, shape.time, shape.sequences,
-        **shape.constants(), V=shape.value_dim, BV=BV, INITIAL=need_initial, SPLIT=prepared[1] is not None,
-        num_warps=num_warps, num_stages=num_stages)
+        **shape.constants(), V=shape.value_dim, BV=BV, INITIAL=need_initial, SPLIT=prepared[1] is not None, PREFETCH=prefetch,
+        maxnreg=maxnreg, num_warps=num_warps, num_stages=num_stages)
     return dv, dstates, dinitial
 
 
 def gradients(shape: Shape, q, k, g, do, dv, writes, states, dstates, prepared, norm=True, BV=64, num_warps=4,
-              num_stages=1, maxnreg=None):
+              num_stages=3, maxnreg=None, prefetch=PREFETCH):
     inverse, _, scores, factors, carry = prepared  # the first two are overwritten
     dq = q.new_empty(shape.batch, shape.time, shape.heads, shape.key_dim)
     dk = torch.empty_like(dq)
@@ -105,7 +107,7 @@ def gradients(shape: Shape, q, k, g, do, dv, writes, states, dstates, prepared, 
     gradient_kernel[shape.heads, shape.chunks](
         q, k, g, do, dv, writes, states, dstates, factors, carry, inverse, scores, shape.bounds, shape.offsets, dq,
         dk, dg, dbeta, shape.time, shape.sequences, shape.value_dim, shape.key_dim**-0.5, **shape.constants(),
-        V=shape.value_dim, BV=BV, NORM=norm, FLOOR=-110.0, maxnreg=maxnreg, num_warps=num_warps, num_stages=num_stages)
+        V=shape.value_dim, BV=BV, NORM=norm, FLOOR=-110.0, PREFETCH=prefetch, maxnreg=maxnreg, num_warps=num_warps, num_stages=num_stages)
     if shape.heads != shape.key_heads:
         dq, dk = (x.unflatten(2, (shape.key_heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
     return dq, dk, dg, dbeta

@@ -20,14 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridlm.ops.triton.delta_rule_forward import find
+from hybridlm.ops.triton.delta_rule_forward import find, prefetch_block, prefetch_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "sequences"])
 def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry, bounds, offsets, dfinal, dv, dstates,
                         dinitial, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr,
                         V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr,
-                        VARLEN: tl.constexpr, SPLIT: tl.constexpr):
+                        VARLEN: tl.constexpr, SPLIT: tl.constexpr, PREFETCH: tl.constexpr):
     """dv, and dS' at the end of each chunk, [chunks, H, V, K] in dv's type; INITIAL: also the initial state's."""
     slab = tl.program_id(0)
     head = tl.program_id(1)
@@ -67,6 +67,14 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
         qc = q + (token * HK + head // (H // HK)) * K
         index = ((chunk + c) * H + head).to(tl.int64)
         vc = (token * H + head) * V
+        if PREFETCH and c > 0:
+            prefetch_rows(kc - 64 * HK * K, HK * K, K, 64)
+            prefetch_rows(qc - 64 * HK * K, HK * K, K, 64)
+            prefetch_rows(do + vc - 64 * H * V + slab * BV, H * V, BV, 64)
+            prefetch_block(inverse + (index - H) * 4096, 4096)
+            prefetch_block(scores + (index - H) * 4096, 4096)
+            if SPLIT:
+                prefetch_block(rest_inverse + (index - H) * 4096, 4096)
         ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
         qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
         t = tl.load(inverse + index * 4096 + tile)
@@ -109,11 +117,11 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
             tl.store(dinitial + memory + cb[None, :] * V + cv[:, None], sb, mask=inside[:, None] & (cb < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "sequences", "width"])
 def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_scratch, second_scratch, bounds,
                     offsets, dq, dk, dg, dbeta, time, sequences, width, scale, H: tl.constexpr, HK: tl.constexpr,
                     K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr,
-                    NORM: tl.constexpr, VARLEN: tl.constexpr, FLOOR: tl.constexpr):
+                    NORM: tl.constexpr, VARLEN: tl.constexpr, FLOOR: tl.constexpr, PREFETCH: tl.constexpr):
     """The gradients of q, k, g and beta for one chunk and value head; dq and dk are per value head, [B T, H, K].
 
     The scratches [chunks, H, 64, 64] take (dP D s) and N, to be read back transposed. `width` is V, not known to the
@@ -147,6 +155,15 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     w += (token * H + head) * V
     states += index * (V * K)
     dstates += index * (V * K)
+    if PREFETCH:
+        present = tl.minimum(length - start, 64)
+        prefetch_rows(w, H * V, V, present)
+        prefetch_rows(dv, H * V, V, present)
+        prefetch_rows(do, H * V, V, present)
+        prefetch_rows(k, HK * K, K, present)
+        prefetch_rows(q, HK * K, K, present)
+        prefetch_block(states, K * V)
+        prefetch_block(dstates, K * V)
     factor = factors + index * 448 + r
     b = tl.load(factor)
     into = tl.load(factor + 128)
