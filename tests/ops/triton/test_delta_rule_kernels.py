@@ -41,7 +41,7 @@ INTEGERS = {"time": "i32", "sequences": "i32", "width": "i32", "scale": "fp32", 
 
 
 def usage(kernel, key=96, value=192, target=90, **constants):
-    """(registers, bytes of stack, bytes of shared memory, wgmma instructions) of a kernel as `delta_rule` launches it."""
+    """(registers, bytes of stack and of shared memory, wgmma instructions) of a kernel as `delta_rule` launches it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -49,7 +49,7 @@ def usage(kernel, key=96, value=192, target=90, **constants):
 
     first, second = delta_rule.widths(key)
     every = {"H": 4, "HK": 2, "K": key, "V": value, "KA": first, "KB": second, "BV": 64, "NORM": True, "VARLEN": True,
-             "SPLIT": True, "PRECISION": "fp16", "FLOOR": -110.0, "INITIAL": True, **constants}
+             "PRECISION": "fp16", "INITIAL": True, "PREFETCH": True, **constants}
     every = {name: x for name, x in every.items() if name in kernel.arg_names}
     types = {name: INTEGERS.get(name, "*bf16" if name in NARROW else "*fp32") for name in kernel.arg_names}
     signature = {name: "constexpr" if name in every else types[name] for name in kernel.arg_names}

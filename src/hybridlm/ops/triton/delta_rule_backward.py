@@ -20,14 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridlm.ops.triton.delta_rule_forward import find, prefetch_block, prefetch_rows
+from hybridlm.ops.triton.delta_rule_forward import FLOOR, find, prefetch_block, prefetch_rows
 
 
 @triton.jit(do_not_specialize=["time", "sequences"])
 def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry, bounds, offsets, dfinal, dv, dstates,
                         dinitial, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr,
                         V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr,
-                        VARLEN: tl.constexpr, SPLIT: tl.constexpr, PREFETCH: tl.constexpr):
+                        VARLEN: tl.constexpr, PREFETCH: tl.constexpr):
     """dv, and dS' at the end of each chunk, [chunks, H, V, K] in dv's type; INITIAL: also the initial state's."""
     slab = tl.program_id(0)
     head = tl.program_id(1)
@@ -73,13 +73,11 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
             prefetch_rows(do + vc - 64 * H * V + slab * BV, H * V, BV, 64)
             prefetch_block(inverse + (index - H) * 4096, 4096)
             prefetch_block(scores + (index - H) * 4096, 4096)
-            if SPLIT:
-                prefetch_block(rest_inverse + (index - H) * 4096, 4096)
+            prefetch_block(rest_inverse + (index - H) * 4096, 4096)
         ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
         qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
         t = tl.load(inverse + index * 4096 + tile)
-        if SPLIT:  # volatile: not buffered twice, so that two programs fit into a multiprocessor
-            t_rest = tl.load(rest_inverse + index * 4096 + tile, volatile=True)
+        t_rest = tl.load(rest_inverse + index * 4096 + tile)
         p = tl.load(scores + index * 4096 + tile)
         d = tl.load(do + vc + values, mask=here[None, :] & inside[:, None], other=0.0)
         b = tl.load(factors + index * 448 + r)
@@ -100,8 +98,7 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
             dw = tl.dot(nb, tl.trans(kb), dw, input_precision=EXACT)
         dw = tl.dot(d, p, dw * rest[None, :], input_precision=EXACT)
         dx = tl.dot(dw.to(narrow), t, input_precision=EXACT)
-        if SPLIT:
-            dx = tl.dot(dw.to(narrow), t_rest, dx, input_precision=EXACT)
+        dx = tl.dot(dw.to(narrow), t_rest, dx, input_precision=EXACT)
         tl.store(dv + vc + values, (dx * b[None, :]).to(narrow), mask=here[None, :] & inside[:, None])
         dq = (d.to(tl.float32) * into[None, :]).to(narrow)
         dk = (dx * -bk[None, :]).to(narrow)
@@ -121,7 +118,7 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
 def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_scratch, second_scratch, bounds,
                     offsets, dq, dk, dg, dbeta, time, sequences, width, scale, H: tl.constexpr, HK: tl.constexpr,
                     K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr,
-                    NORM: tl.constexpr, VARLEN: tl.constexpr, FLOOR: tl.constexpr, PREFETCH: tl.constexpr):
+                    NORM: tl.constexpr, VARLEN: tl.constexpr, PREFETCH: tl.constexpr):
     """The gradients of q, k, g and beta for one chunk and value head; dq and dk are per value head, [B T, H, K].
 
     The scratches [chunks, H, 64, 64] take (dP D s) and N, to be read back transposed. `width` is V, not known to the

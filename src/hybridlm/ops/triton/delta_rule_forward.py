@@ -66,37 +66,33 @@ def prefetch_block(base, size: tl.constexpr):
 
 @triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):
-    """a @ b for float32 with entries of order 1. "fp16": as precise as tf32 and faster; "fp16x3": nearly float32."""
+    """a @ b for float32 with entries of order 1; "fp16" is as precise as tf32, and faster."""
     if PRECISION == "ieee":
         return tl.dot(a, b, input_precision="ieee")
-    high_a, high_b = a.to(tl.float16), b.to(tl.float16)
-    y = tl.dot(high_a, high_b)
-    if PRECISION == "fp16x3":
-        y = tl.dot(high_a, (b - high_b.to(tl.float32)).to(tl.float16), y)
-        y = tl.dot((a - high_a.to(tl.float32)).to(tl.float16), high_b, y)
-    return y
+    return tl.dot(a.to(tl.float16), b.to(tl.float16))
 
 
 @triton.jit
 def doubled(x, lower, row, column, size: tl.constexpr, PRECISION: tl.constexpr):
+    """From inverses x of blocks of `size` to those of twice the size: [[a, 0], [b, d]]^-1 = [[a', 0], [-d' b a', d']].
+    """
     lower_left = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
     return x - matmul(x, matmul(tl.where(lower_left, lower, 0.0), x, PRECISION), PRECISION)
 
 
 @triton.jit
 def unit_lower_inverse(lower, PRECISION: tl.constexpr):
-    """(I + L)^-1 for strictly lower triangular L [64, 64] in float32, blocks of 16 by substitution.
+    """(I + L)^-1 for strictly lower triangular L [64, 64] in float32, from blocks of 2 upwards.
 
-    All entries of it are bounded by 2 in the delta rule (a product of contractions between two unit keys).
-    With X the inverse of the blocks on the diagonal and Y = X (L outside of them), which is nilpotent of order 4,
-    (I + L)^-1 = (I + Y)^-1 X = (I - Y)(I + Y^2) X.
+    All entries of it are bounded by 2 in the delta rule (a product of contractions between two unit keys), so float16
+    holds them well. With X the inverse of the blocks of 16 on the diagonal and Y = X (L outside of them), which is
+    nilpotent of order 4, (I + L)^-1 = (I + Y)^-1 X = (I - Y)(I + Y^2) X.
     """
     block = tl.arange(0, 4)[:, None, None, None] == tl.arange(0, 4)[None, None, :, None]
     four = tl.reshape(lower, (4, 16, 4, 16))
     diagonal = tl.sum(tl.where(block, four, 0.0), 2)
     outside = tl.reshape(tl.where(block, 0.0, four), (64, 64))
     row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    # Twice the block at each step: [[a, 0], [b, d]]^-1 = [[a', 0], [-d' b a', d']].
     pair = (row // 2 == column // 2) & (row > column)
     x = tl.where(row == column, 1.0, tl.where(pair, -diagonal, 0.0))
     x = doubled(x, diagonal, row, column, 2, PRECISION)
@@ -111,7 +107,7 @@ def unit_lower_inverse(lower, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["time", "sequences"])
 def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores, factors, carry, time, sequences,
                    scale, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-                   NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
+                   NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr):
     """T and P of one chunk and value head, and its factors per token: beta, beta exp(G) |k|^-1, s exp(G) |q|^-1 and
     exp(G_C - G) |k|^-1, then G, |k|^-1 and s |q|^-1; `carry` is exp(G_C)."""
     head = tl.program_id(0)
@@ -179,21 +175,19 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores
     tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow))
     lower = tl.where(r[:, None] > r[None, :], gram * d * (b * lk)[:, None], 0.0)
     t = unit_lower_inverse(lower, PRECISION)
-    if SPLIT:
-        if narrow == tl.bfloat16:  # cut, not rounded: no conversion back, and the rest has as many bits
-            high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        else:
-            high = t.to(narrow).to(tl.float32)
-        tl.store(rest_inverse + tile, (t - high).to(narrow))
-        t = high
-    tl.store(inverse + tile, t.to(narrow))
+    if narrow == tl.bfloat16:  # cut, not rounded: no conversion back, and the rest has as many bits
+        high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        high = t.to(narrow).to(tl.float32)
+    tl.store(inverse + tile, high.to(narrow))
+    tl.store(rest_inverse + tile, (t - high).to(narrow))
 
 
 @triton.jit(do_not_specialize=["time", "sequences"])
 def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes,
                 final, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                 KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-                STATES: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr, PREFETCH: tl.constexpr):
+                STATES: tl.constexpr, VARLEN: tl.constexpr, PREFETCH: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
     OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w,
@@ -246,13 +240,13 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             prefetch_rows(kc + 64 * HK * K, HK * K, K, rows)
             prefetch_rows(vc + 64 * H * V + slab * BV, H * V, BV, rows)
             prefetch_block(inverse + (index + H) * 4096, 4096)
-            if SPLIT:
-                prefetch_block(rest_inverse + (index + H) * 4096, 4096)
+            prefetch_block(rest_inverse + (index + H) * 4096, 4096)
             if OUTPUT:
                 prefetch_rows(qc + 64 * HK * K, HK * K, K, rows)
                 prefetch_block(scores + (index + H) * 4096, 4096)
         ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
         t = tl.load(inverse + index * 4096 + tile)
+        t_rest = tl.load(rest_inverse + index * 4096 + tile)
         x = tl.load(vc + values, mask=here[None, :] & inside[:, None], other=0.0)
         b = tl.load(factors + index * 448 + r)
         bk = tl.load(factors + index * 448 + 64 + r)
@@ -272,8 +266,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             read = tl.dot(nb, tl.trans(kb), read, input_precision=EXACT)
         x = x.to(tl.float32) * b[None, :] - read * bk[None, :]
         w = tl.dot(x.to(narrow), tl.trans(t), input_precision=EXACT)
-        if SPLIT:
-            w = tl.dot(x.to(narrow), tl.trans(tl.load(rest_inverse + index * 4096 + tile)), w, input_precision=EXACT)
+        w = tl.dot(x.to(narrow), tl.trans(t_rest), w, input_precision=EXACT)
         if STATES:
             tl.store(writes + (token * H + head) * V + values, w.to(narrow), mask=here[None, :] & inside[:, None])
         nw = (w * rest[None, :]).to(narrow)
