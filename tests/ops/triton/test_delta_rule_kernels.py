@@ -49,7 +49,7 @@ def usage(kernel, key=96, value=192, target=90, **constants):
 
     first, second = delta_rule.widths(key)
     every = {"H": 4, "HK": 2, "K": key, "V": value, "KA": first, "KB": second, "BV": 64, "NORM": True, "VARLEN": True,
-             "PRECISION": "fp16", "INITIAL": True, "PREFETCH": True, **constants}
+             "PRECISION": "fp16", "INITIAL": True, **constants}
     every = {name: x for name, x in every.items() if name in kernel.arg_names}
     types = {name: INTEGERS.get(name, "*bf16" if name in NARROW else "*fp32") for name in kernel.arg_names}
     signature = {name: "constexpr" if name in every else types[name] for name in kernel.arg_names}

@@ -27,7 +27,6 @@ __all__ = ["CHUNK", "LAUNCH", "Prepared", "Shape", "backward", "forward", "gradi
 
 CHUNK = 64
 SLAB = 64  # values per program of the scans: what one warpgroup multiplies at once
-PREFETCH = not triton.knobs.runtime.interpret  # the interpreter has no PTX
 
 # Fastest of those tried on an H200 at K = 96, V = 192.
 LAUNCH: dict[str, dict[str, Any]] = {
@@ -108,7 +107,7 @@ def scan(shape: Shape, q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, init
     scan_kernel[triton.cdiv(shape.value_dim, SLAB), shape.heads, shape.sequences](
         q, k, v, *prepared, shape.bounds, shape.offsets, initial, o, states, writes, final, shape.time,
         shape.sequences, **shape.constants(), V=shape.value_dim, BV=SLAB, INITIAL=initial is not None, OUTPUT=output,
-        STATES=not output, PREFETCH=PREFETCH, **LAUNCH["scan_kernel"])
+        STATES=not output, **LAUNCH["scan_kernel"])
     return o, final
 
 
@@ -120,7 +119,7 @@ def reverse_scan(shape: Shape, q: Tensor, k: Tensor, do: Tensor, dfinal: Tensor,
     dinitial = torch.empty_like(dfinal) if need_initial else None
     reverse_scan_kernel[triton.cdiv(shape.value_dim, SLAB), shape.heads, shape.sequences](
         q, k, do, *prepared, shape.bounds, shape.offsets, dfinal, dv, dstates, dinitial, shape.time, shape.sequences,
-        **shape.constants(), V=shape.value_dim, BV=SLAB, INITIAL=need_initial, PREFETCH=PREFETCH,
+        **shape.constants(), V=shape.value_dim, BV=SLAB, INITIAL=need_initial,
         **LAUNCH["reverse_scan_kernel"])
     return dv, dstates, dinitial
 
@@ -133,7 +132,7 @@ def gradients(shape: Shape, q: Tensor, k: Tensor, g: Tensor, do: Tensor, dv: Ten
     gradient_kernel[shape.heads, shape.chunks](
         q, k, g, do, dv, writes, states, dstates, prepared.factors, prepared.carry, prepared.scores, prepared.inverse,
         shape.bounds, shape.offsets, dq, dk, dg, dbeta, shape.time, shape.sequences, shape.value_dim,
-        shape.key_dim**-0.5, **shape.constants(), V=shape.value_dim, BV=SLAB, NORM=norm, PREFETCH=PREFETCH,
+        shape.key_dim**-0.5, **shape.constants(), V=shape.value_dim, BV=SLAB, NORM=norm,
         **LAUNCH["gradient_kernel"])
     if shape.heads != shape.key_heads:
         dq, dk = (x.unflatten(2, (shape.key_heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))

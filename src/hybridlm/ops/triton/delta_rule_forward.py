@@ -42,26 +42,9 @@ def find(offsets, index, count):
 
 
 @triton.jit
-def prefetch(pointers):
-    """Fetch the 128 bytes at each pointer into the L2 cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32,
-                              is_pure=False, pack=1)
-
-
-@triton.jit
-def prefetch_rows(base, stride: tl.constexpr, width: tl.constexpr, rows):
-    """The first `rows` of 64 rows of `width` 16-bit numbers, `stride` apart."""
-    LINES: tl.constexpr = triton.next_power_of_2((width + 63) // 64)
-    line = tl.minimum(tl.arange(0, LINES) * 64, width - 1)
-    row = tl.minimum(tl.arange(0, 64), rows - 1)
-    prefetch(base + row[:, None] * stride + line[None, :])
-
-
-@triton.jit
-def prefetch_block(base, size: tl.constexpr):
-    """`size` neighbouring 16-bit numbers."""
-    LINES: tl.constexpr = triton.next_power_of_2((size + 63) // 64)
-    prefetch(base + tl.minimum(tl.arange(0, LINES) * 64, size - 1))
+def lower_half(r):
+    """Which numbers of a lower triangular 64 x 64 matrix are kept in memory: whole blocks of 8 x 8, for 16-byte loads."""
+    return r[:, None] // 8 >= r[None, :] // 8
 
 
 @triton.jit
@@ -172,22 +155,23 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores
     seen = r[:, None] >= r[None, :]
     d = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], float("-inf"))) * lk[None, :]
     tile = out * 4096 + r[:, None] * 64 + r[None, :]
-    tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow))
+    kept = lower_half(r)
+    tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow), mask=kept)
     lower = tl.where(r[:, None] > r[None, :], gram * d * (b * lk)[:, None], 0.0)
     t = unit_lower_inverse(lower, PRECISION)
     if narrow == tl.bfloat16:  # cut, not rounded: no conversion back, and the rest has as many bits
         high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     else:
         high = t.to(narrow).to(tl.float32)
-    tl.store(inverse + tile, high.to(narrow))
-    tl.store(rest_inverse + tile, (t - high).to(narrow))
+    tl.store(inverse + tile, high.to(narrow), mask=kept)
+    tl.store(rest_inverse + tile, (t - high).to(narrow), mask=kept)
 
 
 @triton.jit(do_not_specialize=["time", "sequences"])
 def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes,
                 final, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                 KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-                STATES: tl.constexpr, VARLEN: tl.constexpr, PREFETCH: tl.constexpr):
+                STATES: tl.constexpr, VARLEN: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
     OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w,
@@ -227,6 +211,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
 
     at = (r * (HK * K))[:, None]
     tile = r[:, None] * 64 + r[None, :]
+    kept = lower_half(r)
     values = (r * (H * V))[None, :] + cv[:, None]
     for c in range(chunks):
         here = c * 64 + r < length
@@ -235,18 +220,9 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
         qc = q + (token * HK + head // (H // HK)) * K
         vc = v + (token * H + head) * V
         index = ((chunk + c) * H + head).to(tl.int64)
-        if PREFETCH and c + 1 < chunks:
-            rows = tl.minimum(length - c * 64 - 64, 64)
-            prefetch_rows(kc + 64 * HK * K, HK * K, K, rows)
-            prefetch_rows(vc + 64 * H * V + slab * BV, H * V, BV, rows)
-            prefetch_block(inverse + (index + H) * 4096, 4096)
-            prefetch_block(rest_inverse + (index + H) * 4096, 4096)
-            if OUTPUT:
-                prefetch_rows(qc + 64 * HK * K, HK * K, K, rows)
-                prefetch_block(scores + (index + H) * 4096, 4096)
         ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
-        t = tl.load(inverse + index * 4096 + tile)
-        t_rest = tl.load(rest_inverse + index * 4096 + tile)
+        t = tl.load(inverse + index * 4096 + tile, mask=kept, other=0.0)
+        t_rest = tl.load(rest_inverse + index * 4096 + tile, mask=kept, other=0.0)
         x = tl.load(vc + values, mask=here[None, :] & inside[:, None], other=0.0)
         b = tl.load(factors + index * 448 + r)
         bk = tl.load(factors + index * 448 + 64 + r)
@@ -275,7 +251,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             sb = tl.dot(nw, kb, sb * fade, input_precision=EXACT)
         if OUTPUT:
             qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
-            p = tl.load(scores + index * 4096 + tile)
+            p = tl.load(scores + index * 4096 + tile, mask=kept, other=0.0)
             y = tl.dot(na, tl.trans(qa), input_precision=EXACT)
             if KB > 0:
                 qb = tl.load(qc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
