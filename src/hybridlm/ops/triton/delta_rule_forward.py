@@ -43,7 +43,7 @@ def find(offsets, index, count):
 
 @triton.jit
 def lower_half(r):
-    """Which numbers of a lower triangular 64 x 64 matrix are kept in memory: whole blocks of 8 x 8, for 16-byte loads."""
+    """What of a lower triangular 64 x 64 matrix is kept in memory: whole blocks of 8 x 8, for 16-byte loads."""
     return r[:, None] // 8 >= r[None, :] // 8
 
 
