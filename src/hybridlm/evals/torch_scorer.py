@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +45,15 @@ class TorchScorer:
                 found[i] = values[row, :len(ids[i]) - 1]
         return found
 
+    @torch.no_grad()
+    def rows(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """Float32 logits of what follows each token, in blocks [n, vocab]: a path for `agreement.compare`."""
+        weight, cache = self.model.head_weight, self.model.new_cache()
+        ids = torch.from_numpy(np.asarray(tokens, np.int64))[None].to(weight.device)
+        for at in range(0, ids.shape[1], _HEAD // 4):
+            hidden = self.model.hidden(ids[:, at:at + _HEAD // 4], cache)[0]
+            yield (hidden @ weight.T.to(hidden.dtype)).float().cpu().numpy()
+
     def _read(self, ids: torch.Tensor) -> np.ndarray:
         """[rows, T] -> log-probabilities [rows, T - 1]."""
         weight = self.model.head_weight
@@ -59,3 +69,8 @@ class TorchScorer:
                                       reduction="none") for i in range(0, len(flat), _HEAD)]
             parts.append(-torch.cat(losses).view(hidden.shape[:2]))
         return torch.cat(parts, 1).cpu().numpy()
+
+
+def open_scorer(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TorchScorer:
+    """The model of a Hugging Face folder."""
+    return TorchScorer(HybridLM.from_pretrained(folder, dtype, device))
