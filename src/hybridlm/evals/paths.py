@@ -6,7 +6,7 @@ up to rounding: it is what chat, serving and the prefix cache rely on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def among_others(engine: Any, name: str = "beside three others", seed: int = 0) 
             for i, other in enumerate(others):
                 if other.position + 40 > engine.context:
                     others[i] = engine.session()
-            batch = [(other, rng.choice(tokens, int(rng.integers(1, 40)))) for other in others]
+            batch = [(other, np.asarray(rng.choice(tokens, int(rng.integers(1, 40))))) for other in others]
             batch.insert(1, (mine, piece))
             before = len(batch[0][1])
             yield engine.step(batch, every=True)[before:before + len(piece)]
@@ -92,7 +92,7 @@ def pairs_of(engine: Any, budget: Budget, label: str = "") -> list[Pair]:
     return [(whole(engine, f"{label}in one go"), Path(label + way.name, way.rows), budget) for way in ways]
 
 
-def _pieces(tokens: np.ndarray, most: int, seed: int) -> Iterator[Sequence[int] | np.ndarray]:
+def _pieces(tokens: np.ndarray, most: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     at = 0
     while at < len(tokens):
