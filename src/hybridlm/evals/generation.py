@@ -71,12 +71,14 @@ def plan(task: Task, items: Sequence[Item], examples: dict[str, list[Item]], tok
                        for item, tokens in zip(part, ids, strict=True)]
             for p in prompts:
                 if len(p.tokens) + max_tokens > context:
-                    raise DataError(f"{task.label}: item {p.id} has {len(p.tokens):,} tokens and needs {max_tokens} for "
-                                    f"the answer, the context has {context:,}; give a larger --context or fewer --shots")
+                    raise DataError(f"{task.label}: item {p.id} has {len(p.tokens):,} tokens and needs {max_tokens} "
+                                    f"for the answer, the context has {context:,}; give a larger --context or "
+                                    "fewer --shots")
             return prompts
 
         blocks.append(Block([(item.id, item.hash) for item in part], make))
-    return Plan(task.label, blocks, score_prompts, {**settings, "max_tokens": max_tokens, "run_code": run_code})
+    settings = {**settings, "max_tokens": max_tokens, "run_code": run_code}
+    return Plan(task.label, blocks, score_prompts, settings=settings)
 
 
 Spec = tuple[Callable[[Item], str], int, tuple[str, ...], Callable[[Item], Grade]]
@@ -127,8 +129,8 @@ import sys
 try:
     import resource
     seconds, memory = {seconds}, {memory}
-    for what, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 1 << 20),
-                       (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_CORE, 0)):
+    for what, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory),
+                       (resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(what, (most, most))
 except ImportError:
     pass
@@ -138,7 +140,7 @@ print({word!r})
 
 
 def passes(program: str) -> bool:
-    """Whether a program with its tests runs to its end, in a process with limits and an empty folder and environment."""
+    """Whether a program with its tests runs to its end, in a process with limits, in an empty folder."""
     import secrets
 
     word = secrets.token_hex(16)  # an early exit must not count

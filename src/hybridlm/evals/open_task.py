@@ -42,4 +42,4 @@ def plan(name: str, data: Path | None, tokenizer: Tokenizer, context: int, *, sh
 
         return generation.plan(task, items, examples, tokenizer, context, settings, run_code)
     blocks = blocks_of(task, items, examples, tokenizer, context, truncate)
-    return Plan(task.label, blocks, score_choices, settings)
+    return Plan(task.label, blocks, score_choices, task.figures, settings)

@@ -89,7 +89,7 @@ def _plan(name: str, task: ruler_tasks.Task, tokenizer: Tokenizer, corpus: Corpu
     blocks = [Block([(str(i), f"{identity}{i:08x}") for i in range(at, min(samples, at + size))],
                     lambda at=at: [prompt(i) for i in range(at, min(samples, at + size))])  # type: ignore[misc]
               for at in range(0, samples, size)]
-    return Plan(f"{name}@{length}", blocks, score_prompts, settings)
+    return Plan(f"{name}@{length}", blocks, score_prompts, settings=settings)
 
 
 def fitted(task: ruler_tasks.Task, corpus: Corpus, tokenizer: Tokenizer, units: int, length: int, seed: int,
@@ -168,7 +168,7 @@ def _hotpot(file: Path) -> tuple[Question, ...]:
 
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return tuple(Question(r["question"], (r["answer"],), tuple(f"{title}\n{''.join(s)}" for title, s in r["context"]))
-                     for r in rows)
+        return tuple(Question(r["question"], (r["answer"],),
+                              tuple(f"{title}\n{''.join(s)}" for title, s in r["context"])) for r in rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: not HotpotQA's distractor file ({error!r}); fetch it again") from None

@@ -158,10 +158,10 @@ def _frequent_words(rng: np.random.Generator, units: int, corpus: Corpus) -> Sam
     vocabulary = ["....", *coded]
     text = [w for r, w in enumerate(vocabulary, 1) for _ in range(int(units / _ZETA2 / r**2))]
     text = [text[i] for i in rng.permutation(len(text))]
-    prompt = ("Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-              f"appeared coded words. {' '.join(text)}\nQuestion: Do not provide any explanation. Please ignore the "
-              "dots '....'. What are the three most frequently appeared words in the above coded text? Answer: According "
-              "to the coded text above, the three most frequently appeared words are:")
+    prompt = ("Read the following coded text and track the frequency of each coded word. Find the three most "
+              f"frequently appeared coded words. {' '.join(text)}\nQuestion: Do not provide any explanation. Please "
+              "ignore the dots '....'. What are the three most frequently appeared words in the above coded text? "
+              "Answer: According to the coded text above, the three most frequently appeared words are:")
     return Sample(prompt, tuple(vocabulary[1:4]))
 
 
@@ -174,7 +174,8 @@ def _answering(rng: np.random.Generator, units: int, corpus: Corpus) -> Sample:
         raise IndexError(units)
     shown = [*q.documents, *others[:units]]
     text = "\n\n".join(f"Document {n}:\n{shown[i]}" for n, i in enumerate(rng.permutation(len(shown)), 1))
-    order = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+    order = ("Answer the question based on the given documents. Only give me the answer and do not output any other "
+             "words.")
     return Sample(f"{order}\n\nThe following are given documents.\n\n{text}\n\n{order}\n\nQuestion: {q.question} "
                   "Answer:", q.answers)
 

@@ -43,6 +43,7 @@ class Plan:
     label: str
     blocks: list[Block]
     score: Score
+    figures: tuple[str, ...] = ()  # those worth telling; () is all
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -114,13 +115,18 @@ def run(plan: Plan, scorer: Scorer, *, model: dict[str, Any], out: Path | None =
         if progress:
             progress(done, plan.items)
     labels = dict.fromkeys(r["label"] for r in records if r["label"])
-    by_label = {label: summary([r for r in records if r["label"] == label]) for label in labels} \
+    by_label = {label: _figures(plan, [r for r in records if r["label"] == label]) for label in labels} \
         if len(labels) > 1 else {}
-    result = Result(plan.label, len(records), summary(records), by_label, meta, time.perf_counter() - began, resumed,
-                    records)
+    result = Result(plan.label, len(records), _figures(plan, records), by_label, meta, time.perf_counter() - began,
+                    resumed, records)
     if store and (resumed < len(records) or not (store.folder / "results.json").exists()):
         write_file(store.folder / "results.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
     return result
+
+
+def _figures(plan: Plan, records: list[Record]) -> dict[str, dict[str, float | None]]:
+    found = summary(records)
+    return {name: found[name] for name in plan.figures or found}
 
 
 class _Store:

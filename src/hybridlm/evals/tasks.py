@@ -31,6 +31,7 @@ class Task:
     form: str = ""
     shots: int = 0  # worked examples before each item
     examples: str = ""  # their file; "" has none
+    figures: tuple[str, ...] = ()  # those of `results.summary` that tell something; () is all
 
     @property
     def label(self) -> str:
@@ -47,6 +48,7 @@ class Task:
 
 
 _CHOICE = ("cloze", "letter")
+_BITS = ("bits_per_byte",)  # of a long target neither a greedy match nor perplexity means much
 TASKS = {t.name: t for t in (
     Task("mmlu", "57 subjects, 4 choices", "mmlu_test", "mmlu", ("letter", "cloze"), shots=5, examples="mmlu_dev"),
     Task("arc_easy", "school science", "arc_easy_test", "question", _CHOICE, examples="arc_easy_val"),
@@ -60,10 +62,11 @@ TASKS = {t.name: t for t in (
     Task("csqa", "common sense", "csqa_val", "question", _CHOICE),
     Task("socialiqa", "what people do and feel", "socialiqa_val", "social", _CHOICE),
     Task("lambada", "the last word of a passage", "lambada_openai_test", "word", ("bpb",)),
-    Task("gsm8k", "school arithmetic in words", "gsm8k_test", "gsm8k", ("bpb", "generate"), examples="gsm8k_train"),
-    Task("humaneval", "Python functions from docstrings", "humaneval_test", "code", ("bpb", "generate")),
-    Task("mbpp", "small Python programs", "mbpp_test", "mbpp", ("bpb", "generate")),
-    Task("squad", "answers in a passage", "squad_val1000", "squad", ("bpb",)),
+    Task("gsm8k", "school arithmetic in words", "gsm8k_test", "gsm8k", ("bpb", "generate"), examples="gsm8k_train",
+         figures=_BITS),
+    Task("humaneval", "Python functions from docstrings", "humaneval_test", "code", ("bpb", "generate"), figures=_BITS),
+    Task("mbpp", "small Python programs", "mbpp_test", "mbpp", ("bpb", "generate"), figures=_BITS),
+    Task("squad", "answers in a passage", "squad_val1000", "squad", ("bpb",), figures=_BITS),
 )}
 
 
