@@ -27,6 +27,7 @@ from hybridlm.evals.run import run
 from hybridlm.formats.convert import convert
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install hybridlm[evals]")
+pytest.importorskip("accelerate", reason="the harness' own Hugging Face model needs accelerate")
 pytestmark = pytest.mark.slow  # about a minute: the harness takes 8 s to start, and starts three times
 
 MULTIPLE = "output_type: multiple_choice\nmetric_list:\n  - metric: acc\n  - metric: acc_bytes\n"

@@ -115,8 +115,8 @@ def test_question_answering_from_files(tmp_path):
                 assert sum(scores) == 1  # one of the documents holds the answer
     with pytest.raises(DataError, match="squad_val1000"):
         ruler.plans("ruler_qa_1", tokenizer(), lengths=[1024], samples=1, data=tmp_path / "no")
-    (tmp_path / "hotpot_dev_distractor_v1.json").write_text("{}")
-    with pytest.raises((DataError, ValueError)):
+    (tmp_path / "hotpot_dev_distractor_v1.json").write_text("[{}]")
+    with pytest.raises(DataError, match="not HotpotQA"):
         ruler.plans("ruler_qa_2", tokenizer(), lengths=[1024], samples=1, data=tmp_path)
 
 

@@ -82,6 +82,8 @@ def score_choices(scorer: Scorer, cases: list[Case], prefix: int) -> tuple[list[
     found: dict[int, list[tuple[float, bool]]] = {}
     for cut in (False, True):
         mine = [i for i, case in enumerate(cases) if case.truncated == cut]
+        if not mine:
+            continue
         flat = iter(scorer.continuations([r for i in mine for r in cases[i].requests], 0 if cut else prefix))
         found |= {i: [next(flat) for _ in cases[i].requests] for i in mine}
     return [choice_record(case, found[i]) for i, case in enumerate(cases)], []
