@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,8 @@ def test_the_adapter_equals_the_harness_own_model(place, reference, arguments):
         for metric in ("acc", "acc_bytes"):
             assert found[name][0].get(metric) == figures.get(metric), name
         for metric in ("perplexity", "bits_per_byte"):
-            assert found[name][0].get(metric) == pytest.approx(figures.get(metric), rel=1e-4), name
+            if metric in figures:
+                assert found[name][0][metric] == pytest.approx(figures[metric], rel=1e-4), name
 
 
 def test_our_own_tasks_equal_the_harness(place, reference):
@@ -180,6 +182,7 @@ def test_greedy_text_through_the_harness(place):
         assert done.returncode == 0, done.stderr[-3000:]
         (samples,) = out.rglob("samples_*.jsonl")
         lines = [json.loads(line) for line in samples.read_text().splitlines()]
-        texts.append([d["resps"][0][0] for d in sorted(lines, key=lambda d: d["doc_id"])])
+        texts.append([re.sub(r"<\|\w+\|>", "", d["resps"][0][0])  # special tokens, which transformers leaves out
+                      for d in sorted(lines, key=lambda d: d["doc_id"])])
     assert texts[0] == texts[1]
     assert any(texts[0])
