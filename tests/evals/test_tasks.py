@@ -304,7 +304,8 @@ def test_generated_text_is_kept_apart_from_records(data, tmp_path):
 
 def test_programs_run_only_when_asked_and_within_limits(data):
     made = run(planned("humaneval:generate", data), Fake(), model=MODEL)
-    assert all(r["not_run"] for r in made.records)
+    assert all(r["not_run"] and "score" not in r for r in made.records)
+    assert made.figures == {}
     right = types.SimpleNamespace(context=4096, generate_until=lambda p, n, stop=(), prefix=0: [
         f"\n    return x + {i}" for i in range(len(p))])
     result = run(planned("humaneval:generate", data, run_code=True), right, model=MODEL)

@@ -30,7 +30,7 @@ __all__ = ["Prompt", "gsm8k_score", "passes", "plan", "score_prompts"]
 _BLOCK = 16
 _SECONDS, _MEMORY = 10, 1 << 30  # of one program
 
-Grade = Callable[[str], dict[str, Any]]  # what a text earned: "score" 0 to 1, and more under "score_..."
+Grade = Callable[[str], dict[str, Any]]  # what a text earned: "score" 0 to 1, more under "score_..."; or "not_run"
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ def _mbpp(run_code: bool) -> Spec:
 def _program(run_code: bool, whole: Callable[[str], str]) -> Grade:
     def grade(text: str) -> dict[str, Any]:
         if not run_code:
-            return {"score": 0.0, "not_run": True}
+            return {"not_run": True}
         return {"score": float(passes(whole(text)))}
 
     return grade
