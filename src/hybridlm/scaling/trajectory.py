@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridlm.scaling.points import Point
-from hybridlm.scaling.runs import Run, decay_ends
+from hybridlm.scaling.runs import Run
 
 __all__ = ["Crossing", "by_decays", "by_phase", "crossing", "plateau", "smooth"]
 

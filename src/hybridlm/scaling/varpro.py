@@ -138,7 +138,8 @@ def _project(layout: Layout, theta: Array, target: Array, weight: Array) -> tupl
     norm = np.sqrt((weighted**2).sum(axis=1)) + 1e-300
     goal = weight * target
     # QR of [columns | target]: the triangle is a problem of p rows with the same answer, nothing squared.
-    triangle = np.linalg.qr(np.concatenate([weighted / norm[:, None], goal[..., None]], axis=-1), mode="r")
+    stacked = np.concatenate([weighted / norm[:, None], goal[..., None]], axis=-1)
+    triangle = np.asarray(np.linalg.qr(stacked, mode="r"))
     p = layout.coefficients
     matrix, right = triangle[:, :p, :p], triangle[:, :p, p]
     diagonal = np.einsum("rii->ri", matrix)
