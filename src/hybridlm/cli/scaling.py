@@ -10,7 +10,9 @@ import typer
 from hybridlm.cli._common import JsonOption, count, note, print_json
 
 if TYPE_CHECKING:
-    from hybridlm.scaling import Parity
+    from rich.table import Table
+
+    from hybridlm.scaling import Parity, Point
     from hybridlm.scaling.analysis import Analysis
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -76,12 +78,17 @@ def show(a: Analysis) -> None:
 
     console = Console()
     table = Table(title=f"Points (loss in {a.unit})", title_justify="left")
-    for head in ("arm", "N", "D", "D/N", "epochs", "loss", ""):
-        table.add_column(head, justify="left" if head in ("arm", "") else "right")
+    for head in ("arm", "N", "points", "D", "D/N", "epochs", "loss"):
+        table.add_column(head, justify="left" if head == "arm" else "right")
+    cells: dict[tuple[str, float, bool], list[Point]] = {}
     for p in sorted(a.points, key=lambda p: (p.arm, p.params, p.tokens)):
-        table.add_row(p.arm, count(p.params), tokens(p.tokens), f"{p.tokens / p.params:.0f}",
-                      "?" if p.epochs is None else f"{p.epochs:.2g}", f"{p.loss:.4f}",
-                      "data-constrained, not fitted" if constrained(p) else "")
+        cells.setdefault((p.arm, p.params, constrained(p)), []).append(p)
+    for (arm, params, left_out), points in cells.items():
+        first, last = points[0], points[-1]
+        epochs = "?" if any(p.epochs is None for p in points) else f"{max(p.epochs or 0 for p in points):.2g}"
+        table.add_row(arm, count(params), str(len(points)), _span(tokens(first.tokens), tokens(last.tokens)),
+                      _span(f"{first.tokens / params:.0f}", f"{last.tokens / params:.0f}"),
+                      epochs + (", not fitted" if left_out else ""), _span(f"{first.loss:.4f}", f"{last.loss:.4f}"))
     if a.points:
         console.print(table)
     for law in (a.joint, a.separate):
@@ -110,7 +117,11 @@ def show(a: Analysis) -> None:
         note(line)
 
 
-def _savings(parities: tuple[Parity, ...], name: str, baseline: str):  # type: ignore[no-untyped-def]
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first} to {last}"
+
+
+def _savings(parities: tuple[Parity, ...], name: str, baseline: str) -> Table:
     from rich.table import Table
 
     from hybridlm.scaling.text import factor_words, tokens

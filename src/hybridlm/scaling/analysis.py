@@ -37,7 +37,8 @@ class Law:
 
     @property
     def name(self) -> str:
-        return f"joint ({', '.join(n for n in NAMES if n in self.fit.shared)} shared)" if self.fit.shared else "separate"
+        shared = ", ".join(n for n in NAMES if n in self.fit.shared)
+        return f"joint ({shared} shared)" if shared else "separate"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def analyse(found: Gathered, *, baseline: str = "", shared: Collection[str] = JO
     crossings: list[Crossing] = []
     for arm in arms:
         if arm != baseline:
-            crossings += by_decays(found.points, arm, baseline)
+            crossings += by_decays(points, arm, baseline)
             crossings += _phases(found, arm, baseline)
     return Analysis(found.unit, baseline, arms, tuple(found.points), joint, separate, test, tuple(crossings),
                     seed_noise(points), tuple(notes))

@@ -119,9 +119,9 @@ def crossing(tokens: np.ndarray, values: np.ndarray, target: float) -> float | N
 
 def _between(tokens: np.ndarray, values: np.ndarray, target: float) -> tuple[float | None, str]:
     if values[0] < target:
-        return None, f"already lower at its first decay, {tokens[0]:.3g} tokens"
+        return None, "already lower at its first decay"
     needed = crossing(tokens, values, target)
-    return (needed, "") if needed is not None else (None, f"not reached by its last decay, {tokens[-1]:.3g} tokens")
+    return (needed, "") if needed is not None else (None, "not reached by its last decay")
 
 
 def _interpolate(t0: float, v0: float, t1: float, v1: float, target: float) -> float:
