@@ -118,7 +118,7 @@ def show(a: Analysis) -> None:
 
 
 def _span(first: str, last: str) -> str:
-    return first if first == last else f"{first} to {last}"
+    return first if first == last else f"{first}-{last}"
 
 
 def _savings(parities: tuple[Parity, ...], name: str, baseline: str) -> Table:

@@ -181,8 +181,8 @@ def savings(a: Analysis) -> Drawing:
         for law in laws)
     level = laws[0].parities[0].level
     return draw("savings", f"Tokens needed for the loss of {a.baseline}, by size. {told}.",
-                f"Tokens needed for the loss of {a.baseline}, with {level:.0%} intervals; under the line fewer, over it "
-                "more. Filled: inside the measured sizes and lengths. Hollow: extrapolated; an arrow goes on beyond "
+                f"Tokens needed for the loss of {a.baseline}, with {level:.0%} intervals; under the line fewer, over "
+                "it more. Filled: inside the measured sizes and lengths. Hollow: extrapolated; an arrow goes on beyond "
                 "the plot.", paint, narrow=(4.2, 3.4 * len(laws)))
 
 

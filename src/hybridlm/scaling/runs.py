@@ -19,7 +19,7 @@ from hybridlm.config import HybridConfig
 from hybridlm.errors import ConfigError, DataError
 from hybridlm.scaling.points import Point
 
-__all__ = ["Gathered", "Run", "decay_ends", "gather", "read_json", "read_points", "read_run"]
+__all__ = ["Gathered", "Run", "decay_ends", "gather", "is_number", "read_json", "read_points", "read_run"]
 
 DECAYED = 0.2  # a learning rate at most this share of its peak counts as decayed
 NEAR = 0.99  # a validation belongs to the end of a decay if it came after this share of its tokens
@@ -56,7 +56,7 @@ class Run:
     def val_bits_per_byte(self) -> dict[str, float]:
         """The final validation by domain, "all" among them; empty for a run that has not ended."""
         found = self.result.get("val_bits_per_byte")
-        return {str(k): float(v) for k, v in found.items() if _number(v)} if isinstance(found, dict) else {}
+        return {str(k): float(v) for k, v in found.items() if is_number(v)} if isinstance(found, dict) else {}
 
     def epochs(self, tokens: float) -> float | None:
         return tokens / self.unique_tokens if self.unique_tokens else None
@@ -145,10 +145,10 @@ def read_points(path: Path, arm: str = "") -> tuple[list[Point], str]:
         if not isinstance(row, dict):
             raise DataError(f"{path}: point {i} is no object; give each params, tokens and loss")
         for key in ("params", "tokens", "loss"):
-            if not _number(row.get(key)) or row[key] <= 0:
+            if not is_number(row.get(key)) or row[key] <= 0:
                 raise DataError(f"{path}: point {i}: {key} must be a positive number, not {row.get(key)!r}")
         for key in ("epochs", "unique_tokens"):
-            if row.get(key) is not None and (not _number(row[key]) or row[key] <= 0):
+            if row.get(key) is not None and (not is_number(row[key]) or row[key] <= 0):
                 raise DataError(f"{path}: point {i}: {key} must be a positive number or left out, not {row[key]!r}")
         unique = row.get("unique_tokens")
         epochs = row.get("epochs") or (row["tokens"] / unique if unique else None)
@@ -209,7 +209,7 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
             continue
         try:
             record = json.loads(line)
-            if not _number(record["tokens"]):
+            if not is_number(record["tokens"]):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             if i == len(lines) - 1:  # a run that is being written
@@ -219,8 +219,8 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
         records.append(record)
     if not records:
         raise DataError(f"{path}: holds no record; wait for the run's first step, or leave it out")
-    keys = {k for r in records for k, v in r.items() if _number(v)}
-    out = {k: np.array([float(r[k]) if _number(r.get(k)) else math.nan for r in records]) for k in keys}
+    keys = {k for r in records for k, v in r.items() if is_number(v)}
+    out = {k: np.array([float(r[k]) if is_number(r.get(k)) else math.nan for r in records]) for k in keys}
     if (np.diff(out["tokens"]) < 0).any():
         raise DataError(f"{path}: tokens go back between lines; it holds more than one run, split it")
     return out
@@ -235,12 +235,12 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _unique(path: Path, recipe: dict[str, Any]) -> float | None:
     """Tokens of the training text, each counted once."""
-    if _number(recipe.get("unique_tokens")):
+    if is_number(recipe.get("unique_tokens")):
         return float(recipe["unique_tokens"])
     shards = _optional(path / "tokens" / "manifest.json").get("shards")
     if not isinstance(shards, list):
         return None
-    counts = [s["tokens"] for s in shards if isinstance(s, dict) and _number(s.get("tokens"))
+    counts = [s["tokens"] for s in shards if isinstance(s, dict) and is_number(s.get("tokens"))
               and any(str(name).startswith("train") for name in s.get("files", ()))]
     return float(sum(counts)) or None
 
@@ -263,5 +263,6 @@ def _named(given: str) -> tuple[str, Path]:
     return "", Path(given)
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """A finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

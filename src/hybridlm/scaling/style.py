@@ -56,8 +56,8 @@ def hue(i: int) -> str:
     return f"#00030{i % HUES}"
 
 
-def draw(name: str, alt: str, caption: str, paint: Callable[[Any, bool], None], *, wide: tuple[float, float] = (8.6, 3.9),
-         narrow: tuple[float, float] = (4.0, 3.9)) -> Drawing:
+def draw(name: str, alt: str, caption: str, paint: Callable[[Any, bool], None], *,
+         wide: tuple[float, float] = (8.6, 3.9), narrow: tuple[float, float] = (4.2, 3.9)) -> Drawing:
     """Call `paint(figure, narrow)` for each shape; sizes in inches of 72 points."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
