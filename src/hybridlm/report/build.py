@@ -31,7 +31,7 @@ def build(paths: Sequence[str | Path], *, title: str = "", baseline: str = "", d
         records = find_results(folder) if folder.is_dir() else []
         if records or folder.name == "results.json":
             evaluations += read_evaluations(folder)
-        if folder.suffix == ".json" and folder.name != "results.json" or (folder / "metrics.jsonl").is_file():
+        if (folder.suffix == ".json" and folder.name != "results.json") or (folder / "metrics.jsonl").is_file():
             numbers.append(given)
         elif not records and folder.name != "results.json":
             what = "neither metrics.jsonl nor results.json in it" if folder.is_dir() else "no such file or folder"
@@ -45,18 +45,20 @@ def build(paths: Sequence[str | Path], *, title: str = "", baseline: str = "", d
         sections.append(_domains(found.runs))
     if evaluations:
         sections.append(_evaluations(evaluations))
+    analysis = None
     if found.points and len({p.arm for p in found.points} | {r.arm for r in found.runs}) > 1:
-        sections.append(_scaling(analyse(found, baseline=baseline, draws=draws)))
+        analysis = analyse(found, baseline=baseline, draws=draws)
+        sections.append(_scaling(analysis))
     if found.runs:
         sections.append(_recipes(found.runs))
     named = " and ".join(r.name for r in found.runs) if 0 < len(found.runs) < 3 else f"{len(found.runs)} runs"
-    return Page(title or (f"Training report: {named}" if found.runs else "Evaluation report"),
-                _lead(found, evaluations), sections,
+    subject = f"Training report: {named}" if found.runs else "Data efficiency" if analysis else "Evaluation report"
+    return Page(title or subject, _lead(found, evaluations, analysis), sections,
                 "Written by hybridlm report. Bits per byte: information content of held-out text over the bytes of its "
                 "UTF-8; lower is better, and models with different tokenizers compare.")
 
 
-def _lead(found: Gathered, evaluations: Sequence[Evaluation]) -> str:
+def _lead(found: Gathered, evaluations: Sequence[Evaluation], analysis: Analysis | None) -> str:
     parts = []
     done = [(r.val_bits_per_byte["all"], r) for r in found.runs if "all" in r.val_bits_per_byte]
     if done:
@@ -67,6 +69,12 @@ def _lead(found: Gathered, evaluations: Sequence[Evaluation]) -> str:
         parts.append(first + (f", the lowest of {len(done)} finished runs." if len(done) > 1 else "."))
     if found.points and not found.runs:
         parts.append(f"{len(found.points)} points of {len({p.arm for p in found.points})} arms.")
+    law = (analysis.joint or analysis.separate) if analysis else None
+    if law and (measured := [p for p in law.parities if p.measured]):
+        p = max(measured, key=lambda p: p.params)
+        parts.append(f"At {size(p.params)} parameters and {tokens(p.tokens)} tokens, the largest place measured, {p.arm} "
+                     f"needs {p.factor:.1%} of the tokens of {p.baseline} for the same loss ({p.level:.0%} interval "
+                     f"{p.low:.1%} to {p.high:.1%}, {law.name} fit).")
     if evaluations:
         parts.append(f"{len({e.task for e in evaluations})} tasks evaluated on "
                      f"{len({e.model for e in evaluations})} models.")
@@ -120,7 +128,8 @@ def _evaluations(evaluations: Sequence[Evaluation]) -> Section:
     metrics = list(dict.fromkeys(m for _, _, m in cells))
     for i, metric in enumerate(metrics[:4]):
         tasks = list(dict.fromkeys(t for _, t, m in cells if m == metric))
-        series = {m: [cells.get((m, t, metric)) for t in tasks] for m in models}
+        series = {m: [cells.get((m, t, metric)) for t in tasks] for m in models if any(
+            (m, t, metric) in cells for t in tasks)}
         direction = "lower" if any(w in metric.lower() for w in BETTER_LOW) else "higher"
         section.blocks.append(plots.dots(f"eval{i}", f"{metric}; {direction} is better. Bars: two standard errors.",
                                          tasks, series, metric))
@@ -154,11 +163,11 @@ def _scaling(a: Analysis) -> Section:
         rows = [[c.arm, size(c.params), tokens(c.tokens), c.how, "-" if c.factor is None else f"{c.factor:.3f}", c.note]
                 for c in a.crossings]
         section.blocks.append(Folded("Tokens to parity by trajectory, without a law", [
-            Table("", ("Arm", "N", "D", "Compared", "Factor", "Note"), rows)]))
+            Table("", ("Arm", "N", "D", "Compared", "Factor", "Note"), rows, last_words=True)]))
     points = [[p.arm, size(p.params), tokens(p.tokens), "?" if p.epochs is None else f"{p.epochs:.2g}", f"{p.loss:.4f}",
                "no, too many epochs" if constrained(p) else "yes"] for p in a.points]
     section.blocks.append(Folded(f"The {len(points)} points", [
-        Table("", ("Arm", "N", "D", "Epochs", f"Loss, {a.unit}", "Fitted"), points)]))
+        Table("", ("Arm", "N", "D", "Epochs", f"Loss, {a.unit}", "Fitted"), points, last_words=True)]))
     section.blocks += [Text(line, aside=True) for line in a.notes]
     return section
 
@@ -167,7 +176,7 @@ def _law_table(law: Law) -> Table:
     rows = [[p.arm, size(p.params), tokens(p.tokens), *factor_words(p)] for p in law.parities]
     level = f"{law.parities[0].level:.0%} interval" if law.parities else "interval"
     return Table(f"Tokens needed over the baseline's, by law, {law.name}",
-                 ("Arm", "N", "D of the baseline", "Factor", level, "Where"), rows)
+                 ("Arm", "N", "D of the baseline", "Factor", level, "Where"), rows, last_words=True)
 
 
 def _recipes(runs: Sequence[Run]) -> Section:

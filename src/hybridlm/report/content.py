@@ -20,12 +20,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """`words`: how many columns at the front are names rather than figures; the first is each row's header."""
+    """`words`: how many columns at the front are names rather than figures; the first is each row's header.
+
+    `last_words`: whether the last column is words too.
+    """
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 1
+    last_words: bool = False
+
+    def is_words(self, column: int) -> bool:
+        return column < self.words or (self.last_words and column == len(self.head) - 1)
 
 
 @dataclass(frozen=True)

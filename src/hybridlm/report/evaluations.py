@@ -20,7 +20,8 @@ from hybridlm.scaling.runs import is_number, read_json
 
 __all__ = ["Evaluation", "find_results", "read_evaluations"]
 
-_COUNTS = {"items", "samples", "n", "seconds", "tokens", "bytes", "documents", "version", "seed", "shots", "num_fewshot"}
+_COUNTS = {"items", "samples", "n", "seconds", "tokens", "bytes", "documents", "version", "seed", "shots",
+           "num_fewshot"}
 
 
 @dataclass(frozen=True)

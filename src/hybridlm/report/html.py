@@ -38,7 +38,9 @@ th,td{padding:.4rem .9rem .4rem 0;text-align:right;vertical-align:top;border-bot
 th{font-weight:600}
 thead th{color:var(--muted);font-weight:500;white-space:nowrap}
 th.w,td.w{text-align:left}
-tbody th{font-weight:500;overflow-wrap:anywhere}
+td{white-space:nowrap}
+td.w{white-space:normal;min-width:6rem}
+tbody th{font-weight:500;white-space:nowrap}
 td:last-child,th:last-child{padding-right:0}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1.25rem 1.5rem;margin:1.5rem 0 2rem}
 dl div{display:flex;flex-direction:column-reverse;justify-content:flex-end}
@@ -92,13 +94,14 @@ def _block(block: Block) -> str:
         return (f'<figure><div class="wide">{block.wide}</div><div class="narrow">{block.narrow}</div>'
                 f"<figcaption>{escape(block.caption)}</figcaption></figure>\n")
     if isinstance(block, Folded):
-        return f"<details><summary>{escape(block.title)}</summary>{''.join(_block(b) for b in block.blocks)}</details>\n"
+        inner = "".join(_block(b) for b in block.blocks)
+        return f"<details><summary>{escape(block.title)}</summary>{inner}</details>\n"
     return _table(block)
 
 
 def _table(table: Table) -> str:
     def kind(i: int) -> str:
-        return ' class="w"' if i < table.words else ""
+        return ' class="w"' if table.is_words(i) else ""
 
     head = "".join(f'<th scope="col"{kind(i)}>{escape(h)}</th>' for i, h in enumerate(table.head))
     rows = "".join("<tr>" + "".join(

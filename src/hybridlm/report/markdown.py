@@ -29,7 +29,7 @@ def _block(block: object, plots: str) -> list[str]:
         return [f"### {_plain(block.title)}", "", *(line for b in block.blocks for line in _block(b, plots))]
     assert isinstance(block, Table)
     lines = [f"**{_plain(block.caption)}**", ""] if block.caption else []
-    rule = ["---" if i < block.words else "---:" for i in range(len(block.head))]
+    rule = ["---" if block.is_words(i) else "---:" for i in range(len(block.head))]
     return [*lines, _row(block.head), "|" + "|".join(rule) + "|", *(_row(r) for r in block.rows), ""]
 
 

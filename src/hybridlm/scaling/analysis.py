@@ -16,7 +16,7 @@ from hybridlm.scaling.bootstrap import Bootstrap, Kind, bootstrap, interval
 from hybridlm.scaling.parity import Parity, parity
 from hybridlm.scaling.points import Point, constrained, seed_noise, usable
 from hybridlm.scaling.runs import Gathered
-from hybridlm.scaling.surface import NAMES, Fit, FTest, f_test, fit, held_out_error
+from hybridlm.scaling.surface import NAMES, Fit, FTest, f_test, fit, held_out_error, too_few
 from hybridlm.scaling.trajectory import Crossing, by_decays, by_phase
 
 __all__ = ["FAR", "JOINT", "Analysis", "Law", "analyse"]
@@ -91,16 +91,16 @@ def analyse(found: Gathered, *, baseline: str = "", shared: Collection[str] = JO
         notes.append(f"{unknown} of {len(found.points)} points do not say how often their text was repeated: fitted as "
                      "if it was fresh")
     points = usable(found.points)
+    lacking = {arm: too_few([p for p in points if p.arm == arm]) for arm in arms}
+    notes += [f"{arm} has no law: {why}" for arm, why in lacking.items() if why]
+    enough = [p for p in points if not lacking[p.arm]]
     joint = separate = test = None
-    try:
-        places = [*_measured(points, baseline), *(at or FAR)]
-        if len({p.arm for p in points}) > 1 and shared:
-            joint = _law(points, shared, baseline, places, draws, kind, seed, level)
-        separate = _law(points, (), baseline, places, draws, kind, seed, level)
-        if joint:
+    if enough:
+        places = [*_measured(enough, baseline), *(at or FAR)]
+        separate = _law(enough, (), baseline, places, draws, kind, seed, level)
+        if len(separate.fit.arms) > 1 and shared:
+            joint = _law(enough, shared, baseline, places, draws, kind, seed, level)
             test = f_test(joint.fit, separate.fit)
-    except DataError as error:
-        notes.append(f"no law fitted: {error}")
     crossings: list[Crossing] = []
     for arm in arms:
         if arm != baseline:
@@ -115,7 +115,7 @@ def _law(points: Sequence[Point], shared: Collection[str], baseline: str, places
     done = fit(points, shared)
     boot = bootstrap(done, draws, kind, seed)
     found = tuple(parity(done, boot, arm, baseline, n, d, own_params=_own(points, arm, n), level=level)
-                  for arm in done.arms if arm != baseline for n, d in places)
+                  for arm in done.arms if arm != baseline and baseline in done.arms for n, d in places)
     held = {}
     for by, words in (("params", "largest N"), ("tokens", "largest D/N")):
         try:

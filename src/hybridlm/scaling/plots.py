@@ -132,13 +132,14 @@ def isolines(a: Analysis, law: Law) -> Drawing:
         down = -(-len(arms) // across)
         axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
         for i, (arm, axis) in enumerate(zip(arms, axes, strict=False)):
+            axis.set(xscale="log", yscale="log", xlim=grid_n[[0, -1]], ylim=grid_d[[0, -1]], title=arm,
+                     xlabel="parameters N")  # before the lines, whose labels are placed by it
             lines = axis.contour(grid_n, grid_d, values[arm], levels=np.unique(levels), colors=[MUTED], linewidths=1)
             axis.clabel(lines, fontsize=9, fmt="%g", colors=[MUTED])
             for hollow in (False, True):
                 own = [p for p in points if p.arm == arm and constrained(p) == hollow]
                 axis.plot([p.params for p in own], [p.tokens for p in own], MARKERS[_rank(a, arm)], linestyle="",
                           color=hue(_rank(a, arm)), markerfacecolor="none" if hollow else hue(_rank(a, arm)))
-            axis.set(xscale="log", yscale="log", title=arm, xlabel="parameters N")
             axis.grid(visible=False)
             _ticks(axis.xaxis)
             _ticks(axis.yaxis)

@@ -18,7 +18,7 @@ from hybridlm.errors import DataError
 from hybridlm.scaling.points import Point
 from hybridlm.scaling.varpro import Layout, solve
 
-__all__ = ["NAMES", "FTest", "Fit", "Surface", "f_test", "fit", "held_out_error", "refit"]
+__all__ = ["NAMES", "FTest", "Fit", "Surface", "f_test", "fit", "held_out_error", "refit", "too_few"]
 
 NAMES = ("E", "A", "a", "B", "b")
 
@@ -94,17 +94,23 @@ def fit(points: Iterable[Point], shared: Collection[str] = ()) -> Fit:
     if not arms:
         raise DataError("no points to fit; give run folders with a decayed end, or a JSON file of points")
     for arm in arms:
-        own = [p for p in points if p.arm == arm]
-        sizes, lengths = len({p.params for p in own}), len({p.tokens for p in own})
-        if sizes < 3 or lengths < 3 or len(own) < 6:
-            raise DataError(f"{arm}: {len(own)} points of {sizes} sizes and {lengths} lengths; a law of five numbers "
-                            "needs at least 6 points of 3 sizes and 3 lengths")
+        if lacking := too_few([p for p in points if p.arm == arm]):
+            raise DataError(f"{arm}: {lacking}")
     loss = np.array([p.loss for p in points])
     draws = refit(_empty(points, arms, frozenset(shared)), loss[None])
     surfaces = {arm: _scalar(s) for arm, s in draws.surfaces.items()}
     done = Fit(points, surfaces, frozenset(shared), np.zeros(0), _parameters(len(arms), shared), 0.0, draws.starts)
     residuals = np.log(loss / done.predicted())
     return replace(done, residuals=residuals, rss=float((residuals**2).sum()))
+
+
+def too_few(points: Sequence[Point]) -> str:
+    """Why an arm's points cannot carry a law, or ""."""
+    sizes, lengths = len({p.params for p in points}), len({p.tokens for p in points})
+    if sizes >= 3 and lengths >= 3 and len(points) >= 6:
+        return ""
+    return (f"points {len(points)}, sizes {sizes}, lengths {lengths}; a law of five numbers needs at least 6 points of "
+            "3 sizes and 3 lengths")
 
 
 @dataclass(frozen=True)
