@@ -7,9 +7,10 @@ from pathlib import Path
 from hybridlm.config import HybridConfig
 
 
-def write_run(path: Path, *, law=lambda tokens: 2.0 + 30.0 * tokens**-0.2, steps=400, batch=1000, twin=False, size="tiny",
-              schedule="wsd", periods=1, decay=0.1, drop=0.1, val=True, result=True, unique=None, jitter=0.0) -> Path:
-    """`periods` > 1 is WSD-S: each ends with a decay, during which the loss falls by `drop` and after which it returns."""
+def write_run(path: Path, *, law=lambda tokens: 2.0 + 30.0 * tokens**-0.2, steps=400, batch=1000, twin=False,
+              size="tiny", schedule="wsd", periods=1, decay=0.1, drop=0.1, val=True, result=True, unique=None,
+              jitter=0.0) -> Path:
+    """`periods` > 1 is WSD-S: each ends with a decay, which lowers the loss by `drop`; after it the loss returns."""
     path.mkdir(parents=True)
     config = HybridConfig.preset(size)
     recipe = {"model": (config.twin() if twin else config).to_dict(), "schedule": schedule, "lr": 1e-3}

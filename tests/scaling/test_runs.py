@@ -42,7 +42,8 @@ def test_decays_are_found_in_wsd_and_wsds(tmp_path):
 def test_points_of_runs_share_one_validation(tmp_path):
     one, more = write_run(tmp_path / "one", unique=50_000), write_run(tmp_path / "more", periods=3)
     found = gather([one, f"other={more}"])
-    assert [(p.arm, p.tokens) for p in found.points] == [("hybrid 3:1", 4e5), ("other", 1e5), ("other", 2e5), ("other", 4e5)]
+    assert [(p.arm, p.tokens) for p in found.points] == [
+        ("hybrid 3:1", 4e5), ("other", 1e5), ("other", 2e5), ("other", 4e5)]
     assert found.points[0].epochs == 8 and constrained(found.points[0]) and len(usable(found.points)) == 3
     unvalidated = write_run(tmp_path / "unvalidated", periods=3, val=False)
     assert len(gather([unvalidated]).points) == 0 and "val_every" in gather([unvalidated]).notes[0]
@@ -111,10 +112,10 @@ def test_decays_and_plateaus_find_the_factor(tmp_path):
 
 
 def test_a_cosine_run_is_marked_and_is_indeed_biased(tmp_path):
-    runs = [read_run(write_run(tmp_path / n, law=law, twin=t, schedule="cosine", steps=1600))
+    runs = [read_run(write_run(tmp_path / n, law=law, twin=t, schedule="cosine", steps=1600, drop=0.3))
             for n, law, t in (("h", OURS, False), ("t", THEIRS, True))]
     crossed = by_phase(*runs)
-    assert "biased" in crossed.note and crossed.factor > 0.7
+    assert "biased" in crossed.note and crossed.factor > 0.66  # the truth is 0.6
 
 
 def test_what_is_not_reached_is_said(tmp_path):
@@ -159,7 +160,8 @@ def test_analysis_leaves_out_what_it_must_and_says_so():
     found = analyse(Gathered(points(3e-3) + extra, unit="nats"), draws=50)
     assert found.baseline == "transformer" and found.joint and found.separate and found.test
     assert len(found.joint.fit.points) == 70 and len(found.points) == 72
-    assert any("more than 4 times" in n for n in found.notes) and any(n.startswith("odd has no law") for n in found.notes)
+    notes = " ".join(found.notes)
+    assert "more than 4 times" in notes and "odd has no law" in notes
     assert {p.params for p in found.joint.parities} >= {7e9, 70e9}
     json.dumps(found.to_dict(), allow_nan=False)
     with pytest.raises(DataError, match="no such arm"):

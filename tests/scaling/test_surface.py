@@ -14,7 +14,8 @@ from hybridlm.scaling.surface import NAMES, _beta_regularised
 from hybridlm.scaling.varpro import Layout, nonnegative, solve
 
 
-@given(E=st.floats(0.3, 3), A=st.floats(50, 2000), a=st.floats(0.15, 0.7), B=st.floats(50, 3000), b=st.floats(0.15, 0.7))
+@given(E=st.floats(0.3, 3), A=st.floats(50, 2000), a=st.floats(0.15, 0.7), B=st.floats(50, 3000),
+       b=st.floats(0.15, 0.7))
 @settings(max_examples=40, deadline=None)
 def test_a_law_without_noise_comes_back(E, A, a, B, b):
     truth = Surface(E, A, a, B, b)

@@ -72,9 +72,9 @@ def _lead(found: Gathered, evaluations: Sequence[Evaluation], analysis: Analysis
     law = (analysis.joint or analysis.separate) if analysis else None
     if law and (measured := [p for p in law.parities if p.measured]):
         p = max(measured, key=lambda p: p.params)
-        parts.append(f"At {size(p.params)} parameters and {tokens(p.tokens)} tokens, the largest place measured, {p.arm} "
-                     f"needs {p.factor:.1%} of the tokens of {p.baseline} for the same loss ({p.level:.0%} interval "
-                     f"{p.low:.1%} to {p.high:.1%}, {law.name} fit).")
+        parts.append(f"At {size(p.params)} parameters and {tokens(p.tokens)} tokens, the largest place measured, "
+                     f"{p.arm} needs {p.factor:.1%} of the tokens of {p.baseline} for the same loss ({p.level:.0%} "
+                     f"interval {p.low:.1%} to {p.high:.1%}, {law.name} fit).")
     if evaluations:
         parts.append(f"{len({e.task for e in evaluations})} tasks evaluated on "
                      f"{len({e.model for e in evaluations})} models.")
@@ -113,9 +113,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _domains(runs: Sequence[Run]) -> Section:
     told = [r for r in runs if len(r.val_bits_per_byte) > 1]
     names = list(dict.fromkeys(k for r in told for k in r.val_bits_per_byte))
-    series = {r.name: [(r.val_bits_per_byte[k], None) if k in r.val_bits_per_byte else None for k in names]
-              for r in told}
-    rows = [[k, *(f"{c[i][0]:.4f}" if c[i] else "-" for c in series.values())] for i, k in enumerate(names)]  # type: ignore[index]
+    series: dict[str, list[tuple[float, float | None] | None]] = {
+        r.name: [(r.val_bits_per_byte[k], None) if k in r.val_bits_per_byte else None for k in names]
+        for r in told}
+    rows = [[k, *(_cell(cells[i]) for cells in series.values())] for i, k in enumerate(names)]
     return Section("Held-out text by domain", [
         plots.dots("domains", "Bits per byte of held-out text; lower is better.", names, series, "bits per byte"),
         Table("Bits per byte by domain", ("Domain", *series), rows)])

@@ -81,8 +81,10 @@ def _one(model: str, task: str, metrics: dict[str, Any], about: dict[str, Any]) 
     for key, value in plain.items():
         if "stderr" in key or key in _COUNTS:
             continue
+        error: Any
         if isinstance(value, dict):
-            value, error = value.get("value", value.get("mean")), value.get("stderr", value.get("se"))
+            held = value
+            value, error = held.get("value", held.get("mean")), held.get("stderr", held.get("se"))
         else:
             error = plain.get(f"{key}_stderr", plain.get("stderr") if len(plain) <= 3 else None)
         if is_number(value):

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hybridlm.errors import DataError
 from hybridlm.scaling.surface import Fit, Surface, refit
 
 __all__ = ["Bootstrap", "Kind", "bootstrap", "interval"]
@@ -37,9 +36,6 @@ def bootstrap(fit: Fit, draws: int = 1000, kind: Kind = "residuals", seed: int =
             points of one size by one random factor (a wild cluster bootstrap with Webb's six weights), for points
             along one run, whose errors are not independent.
     """
-    if fit.freedom <= 0:
-        raise DataError(f"{len(fit.points)} points leave nothing to judge {fit.parameters} parameters by; "
-                        "share more of the law, or add points")
     rng = np.random.default_rng(seed)
     rows = {arm: np.array([i for i, p in enumerate(fit.points) if p.arm == arm]) for arm in fit.arms}
     sizes = {len(r) for r in rows.values()}

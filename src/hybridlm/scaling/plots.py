@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,8 +84,8 @@ def speed(runs: Sequence[Run]) -> Drawing:
                 narrow=(4.2, 6.6))
 
 
-def dots(name: str, caption: str, rows: Sequence[str], series: dict[str, Sequence[tuple[float, float | None] | None]],
-         label: str) -> Drawing:
+def dots(name: str, caption: str, rows: Sequence[str],
+         series: Mapping[str, Sequence[tuple[float, float | None] | None]], label: str) -> Drawing:
     """A dot plot: one row a task or domain, one dot a model, bars of two standard errors where they are known."""
     def paint(figure: Any, narrow: bool) -> None:
         axis = figure.subplots()

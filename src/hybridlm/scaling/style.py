@@ -64,7 +64,7 @@ def draw(name: str, alt: str, caption: str, paint: Callable[[Any, bool], None], 
 
     shapes = {}
     for shape, size in (("wide", wide), ("narrow", narrow)):
-        with rc_context({**_RC, "svg.hashsalt": f"{name}-{shape}"}):
+        with rc_context(_RC | {"svg.hashsalt": f"{name}-{shape}"}):
             figure = Figure(figsize=size, layout="constrained")
             paint(figure, shape == "narrow")
             out = io.StringIO()
@@ -73,7 +73,7 @@ def draw(name: str, alt: str, caption: str, paint: Callable[[Any, bool], None], 
     return Drawing(name, alt, caption, **shapes)
 
 
-_RC: dict[str, Any] = {
+_RC: Any = {
     "svg.fonttype": "none", "font.size": 11, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "text.color": INK, "axes.labelcolor": MUTED,
     "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.titlecolor": INK, "axes.titlesize": 12,
@@ -103,4 +103,4 @@ def _clean(svg: str, prefix: str, alt: str) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
