@@ -43,7 +43,8 @@ def main() -> None:
     given = parser.parse_args()
     seed = given.seed if given.seed is not None else int(np.random.SeedSequence().entropy) % 2**32  # type: ignore[arg-type]
     print(f"seed {seed}, {given.draws} ladders, {given.refits} refits each; the truth is {FACTOR}\n")
-    print(f"{'noise':>6}  {'fit':<22}  {'read at':<19}  {'5%':>6} {'50%':>6} {'95%':>6}  {'within 5%':>9}  {'covered':>7}")
+    print(f"{'noise':>6}  {'fit':<22}  {'read at':<19}  {'5%':>6} {'50%':>6} {'95%':>6}  {'within 5%':>9}  "
+          f"{'covered':>7}")
     rows = []
     for noise in given.noise:
         for name, shared in SHARINGS.items():

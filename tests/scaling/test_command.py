@@ -3,10 +3,10 @@
 import json
 
 import pytest
-
-from hybridlm.cli import main
 from tests.scaling.folders import write_run
 from tests.scaling.truth import FACTOR, points
+
+from hybridlm.cli import main
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def call(capsys, monkeypatch):
 @pytest.fixture
 def ladder(tmp_path):
     file = tmp_path / "points.json"
-    rows = [{"arm": p.arm, "params": p.params, "tokens": p.tokens, "loss": p.loss, "epochs": 1} for p in points(1e-3, 1)]
+    rows = [{"arm": p.arm, "params": p.params, "tokens": p.tokens, "loss": p.loss, "epochs": 1}
+            for p in points(1e-3, 1)]
     file.write_text(json.dumps({"unit": "nats", "points": rows}))
     return file
 
@@ -57,7 +58,8 @@ def test_scaling_of_runs_without_a_law(call, tmp_path):
 @pytest.mark.parametrize("arguments, code, words", [
     (["absent"], 1, "no such file or folder"), (["POINTS", "--share", "E,q"], 2, "'q' is not among"),
     (["POINTS", "--at", "7B"], 2, "is not N:D"), (["POINTS", "--at", "x:6T"], 2, "is not N:D"),
-    (["POINTS", "--baseline", "nope"], 1, "no such arm"), (["POINTS", "--resample", "all"], 2, "residuals, points"), ([], 2, "Missing")])
+    (["POINTS", "--baseline", "nope"], 1, "no such arm"), (["POINTS", "--resample", "all"], 2, "residuals, points"),
+    ([], 2, "Missing")])
 def test_mistakes_are_one_line(call, ladder, arguments, code, words):
     got, out, err = call("scaling", *(ladder if a == "POINTS" else a for a in arguments))
     assert got == code and words in err and not out and err.count("\n") == 1 and err.startswith("error: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _runs(runs: Sequence[Run]) -> Section:
         section.blocks.append(Table("", ("Run", "Kind", "Parameters", "Tokens", "Epochs", "Bits per byte",
                                          "Last loss", "Time", "Tokens/s"), [_row(r) for r in runs], 2))
     section.blocks.append(plots.loss_curves(runs))
-    if all(r.series("grad_norm")[1].size and r.series("lr")[1].size and r.series("tokens_per_s")[1].size for r in runs):
+    if len(runs) <= plots.FEW and all(r.series("grad_norm")[1].size and r.series("lr")[1].size and r.series("tokens_per_s")[1].size for r in runs):
         section.blocks.append(plots.speed(runs))
     return section
 
@@ -116,10 +117,12 @@ def _domains(runs: Sequence[Run]) -> Section:
     series: dict[str, list[tuple[float, float | None] | None]] = {
         r.name: [(r.val_bits_per_byte[k], None) if k in r.val_bits_per_byte else None for k in names]
         for r in told}
-    rows = [[k, *(_cell(cells[i]) for cells in series.values())] for i, k in enumerate(names)]
-    return Section("Held-out text by domain", [
-        plots.dots("domains", "Bits per byte of held-out text; lower is better.", names, series, "bits per byte"),
-        Table("Bits per byte by domain", ("Domain", *series), rows)])
+    rows = [[who, *(_cell(c) for c in cells)] for who, cells in series.items()]
+    table = Table("Bits per byte by domain", ("Run", *names), rows)
+    if len(told) > plots.FEW:
+        return Section("Held-out text by domain", [table])
+    drawing = plots.dots("domains", "Bits per byte of held-out text; lower is better.", names, series, "bits per byte")
+    return Section("Held-out text by domain", [drawing, table])
 
 
 def _evaluations(evaluations: Sequence[Evaluation]) -> Section:
@@ -183,12 +186,13 @@ def _law_table(law: Law) -> Table:
 def _recipes(runs: Sequence[Run]) -> Section:
     flat = {r.name: _flat(r.recipe) for r in runs if r.recipe}
     keys = list(dict.fromkeys(k for f in flat.values() for k in f))
-    rows = [[k, *(f.get(k, "-") for f in flat.values())] for k in keys]
     blocks: list[Any] = []
     if len(flat) > 1:
-        different = [r for r in rows if len(set(r[1:])) > 1]
-        blocks.append(Table("What differs between the runs", ("Setting", *flat), different, 1 + len(flat)))
+        different = [k for k in keys if len({f.get(k, "-") for f in flat.values()}) > 1]
+        blocks.append(Table("What differs between the runs", ("Run", *different), [
+            [who, *(f.get(k, "-") for k in different)] for who, f in flat.items()], 1 + len(different)))
     if flat:
+        rows = [[k, *(f.get(k, "-") for f in flat.values())] for k in keys]
         blocks.append(Folded("All settings", [Table("", ("Setting", *flat), rows, 1 + len(flat))]))
     return Section("Settings", blocks or [Text("The runs came without their recipe.json.", aside=True)])
 
@@ -224,8 +228,8 @@ def _time(seconds: float) -> str:
 
 
 def _named_apart(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one name get their folder's in front."""
-    from dataclasses import replace
-
-    names = [r.name for r in runs]
-    return [replace(r, name=f"{r.path.resolve().parent.name}/{r.name}") if names.count(r.name) > 1 else r for r in runs]
+    """Runs of one name get their folder's in front, or all of their path where that is the same too."""
+    for name_of in (lambda r: f"{r.path.resolve().parent.name}/{r.path.resolve().name}", lambda r: str(r.path)):
+        names = [r.name for r in runs]
+        runs = [replace(r, name=name_of(r)) if names.count(r.name) > 1 else r for r in runs]
+    return list(runs)

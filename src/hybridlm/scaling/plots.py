@@ -15,32 +15,41 @@ from hybridlm.scaling.style import DASHES, FAINT, INK, MARKERS, MUTED, Drawing, 
 from hybridlm.scaling.text import tokens as human
 from hybridlm.scaling.trajectory import smooth
 
-__all__ = ["dots", "isolines", "loss_curves", "residuals", "savings", "speed"]
+FEW = 6  # as many runs as have a colour of their own; more are coloured by arm
+
+__all__ = ["FEW", "dots", "isolines", "loss_curves", "residuals", "savings", "speed"]
 
 
 def loss_curves(runs: Sequence[Run]) -> Drawing:
     """Validation where it was measured, else training loss, of each run against tokens; the raw curve behind."""
     validated = [r for r in runs if len(r.series("val_bits_per_byte")[0]) >= 2]
+    arms = list(dict.fromkeys(r.arm for r in runs))
+    few = len(runs) <= FEW
 
     def paint(figure: Any, narrow: bool) -> None:
         panels = 2 if validated else 1
         axes = figure.subplots(*((panels, 1) if narrow else (1, panels)), squeeze=False).flat
         for axis, key, title in zip(axes, ("loss", "val_bits_per_byte"), (
                 "Training loss, nats a token", "Validation, bits a byte"), strict=False):
-            for i, run in enumerate(runs):
+            ends = []
+            for k, run in enumerate(runs):
+                i = k if few else arms.index(run.arm)
                 tokens, values = run.series(key)
                 if not len(tokens):
                     continue
                 kept = tokens >= 0.01 * tokens[-1]
                 tokens, values = tokens[kept], values[kept]
                 if key == "loss":
-                    axis.plot(tokens, values, color=hue(i), alpha=0.22, linewidth=1)
+                    if few:
+                        axis.plot(tokens, values, color=hue(i), alpha=0.22, linewidth=1)
                     values = smooth(tokens, values)
-                marker = MARKERS[i % len(MARKERS)] if key != "loss" else ""
+                marker = MARKERS[i % len(MARKERS)] if key != "loss" and few else ""
+                label = run.name if few else run.arm if run.arm not in [runs[j].arm for j in range(k)] else None
                 axis.plot(tokens, values, color=hue(i), linestyle=DASHES[i % len(DASHES)], marker=marker, markersize=4,
-                          label=run.name)
-                axis.annotate(f"{values[-1]:.3f}", (tokens[-1], values[-1]), xytext=(5, 0), color=hue(i), fontsize=10,
-                              textcoords="offset points", va="center")
+                          label=label, linewidth=1.8 if few else 1.1)
+                ends.append((tokens[-1], values[-1], i))
+            if few:
+                _end_labels(axis, ends)
             axis.set(title=title, xscale="log")
             axis.margins(x=0.02)
             _ticks(axis.xaxis)
@@ -52,6 +61,17 @@ def loss_curves(runs: Sequence[Run]) -> Drawing:
     return draw("loss", f"Loss against training tokens, log scale. {told}.", "Loss against training tokens. Lines are "
                 "means over records within 5% of their tokens; the single records lie behind them.", paint,
                 narrow=(4.2, 6.2 if validated else 3.6))
+
+
+def _end_labels(axis: Any, ends: Sequence[tuple[float, float, int]]) -> None:
+    """Write each curve's last value at its end, but none over another."""
+    low, high = axis.get_ylim()
+    taken: list[float] = []
+    for tokens, value, i in ends:
+        if all(abs(value - t) > 0.055 * (high - low) for t in taken):
+            axis.annotate(f"{value:.3f}", (tokens, value), xytext=(5, 0), color=hue(i), fontsize=10,
+                          textcoords="offset points", va="center")
+            taken.append(value)
 
 
 def speed(runs: Sequence[Run]) -> Drawing:

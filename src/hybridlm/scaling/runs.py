@@ -108,8 +108,12 @@ def gather(paths: Iterable[str | Path]) -> Gathered:
     """Read points files (.json) and run folders, each as PATH or ARM=PATH."""
     out = Gathered()
     units: set[str] = set()
+    seen: set[Path] = set()
     for given in paths:
         arm, path = _named(str(given))
+        if path.resolve() in seen:
+            raise DataError(f"{path}: given twice; leave one out")
+        seen.add(path.resolve())
         if path.is_dir():
             out.runs.append(read_run(path, arm))
         elif path.is_file():
