@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--refits", type=int, default=300, help="of each draw's bootstrap")
     parser.add_argument("--noise", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--resample", choices=("residuals", "points", "runs"), default="residuals")
     parser.add_argument("--seed", type=int, default=None, help="fresh when left out")
     given = parser.parse_args()
     seed = given.seed if given.seed is not None else int(np.random.SeedSequence().entropy) % 2**32  # type: ignore[arg-type]
@@ -51,7 +52,7 @@ def main() -> None:
             began, factors, hits = time.perf_counter(), [], []
             for draw in range(given.draws):
                 law = fit(ladder(noise, np.random.default_rng([seed, draw])), shared)
-                boot = bootstrap(law, given.refits, seed=draw)
+                boot = bootstrap(law, given.refits, given.resample, seed=draw)
                 found = [parity(law, boot, "hybrid", "transformer", n, d) for n, d in PLACES.values()]
                 factors.append([p.factor for p in found])
                 hits.append([p.low <= FACTOR <= p.high for p in found])

@@ -81,9 +81,9 @@ def test_malformed_runs_name_the_file(tmp_path):
     assert "size is unknown" in gather([run]).notes[0]
     with pytest.raises(DataError, match=r"no metrics\.jsonl"):
         read_run(tmp_path)
-    for given, words in (([tmp_path / "absent"], "no such file"), ([run, f"again={run}"], "given twice")):
+    for paths, words in (([tmp_path / "absent"], "no such file"), ([run, f"again={run}"], "given twice")):
         with pytest.raises(DataError, match=words):
-            gather(given)
+            gather(paths)
 
 
 def test_units_do_not_mix(tmp_path):

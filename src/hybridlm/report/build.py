@@ -90,7 +90,8 @@ def _runs(runs: Sequence[Run]) -> Section:
         section.blocks.append(Table("", ("Run", "Kind", "Parameters", "Tokens", "Epochs", "Bits per byte",
                                          "Last loss", "Time", "Tokens/s"), [_row(r) for r in runs], 2))
     section.blocks.append(plots.loss_curves(runs))
-    if len(runs) <= plots.FEW and all(r.series("grad_norm")[1].size and r.series("lr")[1].size and r.series("tokens_per_s")[1].size for r in runs):
+    logged = all(r.series(key)[1].size for r in runs for key in ("grad_norm", "lr", "tokens_per_s"))
+    if logged and len(runs) <= plots.FEW:
         section.blocks.append(plots.speed(runs))
     return section
 
