@@ -180,8 +180,8 @@ def _scaling(a: Analysis) -> Section:
 def _law_table(law: Law) -> Table:
     rows = [[p.arm, size(p.params), tokens(p.tokens), *factor_words(p)] for p in law.parities]
     level = f"{law.parities[0].level:.0%} interval" if law.parities else "interval"
-    return Table(f"Tokens needed over the baseline's, by law, {law.name}",
-                 ("Arm", "N", "D of the baseline", "Factor", level, "Where"), rows, last_words=True)
+    return Table(f"Tokens needed over the D of the baseline, by law, {law.name}",
+                 ("Arm", "N", "D", "Factor", level, "Where"), rows, last_words=True)
 
 
 def _recipes(runs: Sequence[Run]) -> Section:

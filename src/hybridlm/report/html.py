@@ -34,12 +34,14 @@ figcaption{margin-top:.4rem;max-width:44rem}
 .scroll{overflow-x:auto;margin:1.25rem 0}
 table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums;min-width:min(100%,24rem)}
 caption{text-align:left;font-weight:600;padding:0 0 .5rem}
+caption span{display:inline-block;max-width:min(44rem,calc(100vw - 2.5rem));position:sticky;left:0}
 th,td{padding:.4rem .9rem .4rem 0;text-align:right;vertical-align:top;border-bottom:1px solid var(--faint)}
 th{font-weight:600}
 thead th{color:var(--muted);font-weight:500;white-space:nowrap}
 th.w,td.w{text-align:left}
 td{white-space:nowrap}
 td.w{white-space:normal;min-width:6rem}
+td.w:last-child{min-width:min(18rem,60vw)}
 tbody th{font-weight:500;white-space:nowrap}
 td:last-child,th:last-child{padding-right:0}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1.25rem 1.5rem;margin:1.5rem 0 2rem}
@@ -107,7 +109,7 @@ def _table(table: Table) -> str:
     rows = "".join("<tr>" + "".join(
         f'<th scope="row" class="w">{escape(c)}</th>' if i == 0 else f"<td{kind(i)}>{escape(c)}</td>"
         for i, c in enumerate(row)) + "</tr>" for row in table.rows)
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    caption = f"<caption><span>{escape(table.caption)}</span></caption>" if table.caption else ""
     label = escape(table.caption or ", ".join(table.head))
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>{caption}'
             f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n")
