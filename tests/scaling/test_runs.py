@@ -1,16 +1,18 @@
 """Reading runs and points, and tokens to parity along trajectories."""
 
+import contextlib
 import json
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.scaling.folders import write_run
 from tests.scaling.truth import points
 
 from hybridlm.errors import DataError
+from hybridlm.report import read_evaluations
 from hybridlm.scaling import Point, by_decays, by_phase, constrained, gather, read_run, seed_noise, usable
 from hybridlm.scaling.analysis import analyse
 from hybridlm.scaling.runs import Gathered, decay_ends
@@ -51,8 +53,8 @@ def test_points_of_runs_share_one_validation(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    ('[{"params": 1e6, "tokens": 1e7}]', "point 0: loss must be a positive number, not None"),
-    ('[{"params": -1, "tokens": 1e7, "loss": 2}]', "params must be a positive number"),
+    ('[{"params": 1e6, "tokens": 1e7}]', "point 0: loss must be a number from 1e-06 to 1e+06, not None"),
+    ('[{"params": -1, "tokens": 1e7, "loss": 2}]', "params must be a number from 1"),
     ('[{"params": 1, "tokens": 1e7, "loss": 2, "epochs": "two"}]', "epochs"),
     ("[]", "holds no points"), ("{", "no JSON"), ('{"points": 3}', "holds no points"), ("[3]", "point 0 is no object"),
     ("[" * 100_000, "no JSON")])
@@ -61,6 +63,37 @@ def test_malformed_points_name_the_file(tmp_path, content, words):
     with pytest.raises(DataError, match=r"p\.json") as caught:
         gather([tmp_path / "p.json"])
     assert words in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([10**400, -1, 1e308]) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.sampled_from(["points", "params", "tokens", "loss", "epochs", "unique_tokens", "arm", "task", "metrics",
+                         "acc", "acc_stderr", "results", "model", "value", "stderr", "step", "lr", "unit", "schedule",
+                         "val_bits_per_byte", "shards", "files"]), inner, max_size=6), max_leaves=25)
+
+
+@given(JSON, st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_whatever_json_holds_it_is_read_or_refused(tmp_path_factory, value, wrapped):
+    """Points, evaluation records, a run's result and its metrics: a `DataError` at worst."""
+    folder = tmp_path_factory.mktemp("any")
+    text = json.dumps({"points": [value]} if wrapped else value)
+    for name in ("p.json", "results.json", "recipe.json", "result.json"):
+        (folder / name).write_text(text)
+    (folder / "metrics.jsonl").write_text(text + '\n{"tokens": 5, "loss": 3.0, "lr": 0.1}\n')
+    for read in (lambda: analyse(gather([folder / "p.json"]), draws=50), lambda: read_evaluations(folder),
+                 lambda: analyse(gather([folder]), draws=50)):
+        with contextlib.suppress(DataError):
+            read()
+
+
+@given(st.lists(st.tuples(st.sampled_from("ht"), st.floats(1, 1e18), st.floats(1, 1e18), st.floats(1e-6, 1e6)),
+                min_size=6, max_size=16))
+@settings(max_examples=8, deadline=None)
+def test_any_points_are_fitted_or_refused(rows):
+    found = analyse(Gathered([Point(*row) for row in rows]), draws=50)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_malformed_runs_name_the_file(tmp_path):

@@ -75,6 +75,8 @@ def parity(fit: Fit, boot: Bootstrap, arm: str, baseline: str, params: float, to
 
 def inside(points: Sequence[Point], params: float, tokens: float, slack: float = 0.02) -> bool:
     """Whether (N, D) lies in the convex hull of the points, logarithms taken, or within 2% of it."""
+    if params <= 0 or tokens <= 0:
+        return False
     place = np.log([params, tokens])
     corners = np.unique(np.log([[p.params, p.tokens] for p in points]), axis=0)
     if len(corners) < 3:

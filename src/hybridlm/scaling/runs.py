@@ -21,6 +21,7 @@ from hybridlm.scaling.points import Point
 
 __all__ = ["Gathered", "Run", "decay_ends", "gather", "is_number", "read_json", "read_points", "read_run"]
 
+_RANGES = {"params": (1, 1e18), "tokens": (1, 1e18), "loss": (1e-6, 1e6)}
 DECAYED = 0.2  # a learning rate at most this share of its peak counts as decayed
 NEAR = 0.99  # a validation belongs to the end of a decay if it came after this share of its tokens
 
@@ -148,12 +149,14 @@ def read_points(path: Path, arm: str = "") -> tuple[list[Point], str]:
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path}: point {i} is no object; give each params, tokens and loss")
-        for key in ("params", "tokens", "loss"):
-            if not is_number(row.get(key)) or row[key] <= 0:
-                raise DataError(f"{path}: point {i}: {key} must be a positive number, not {row.get(key)!r}")
+        for key, (low, high) in _RANGES.items():
+            if not is_number(row.get(key)) or not low <= row[key] <= high:
+                raise DataError(f"{path}: point {i}: {key} must be a number from {low:g} to {high:g}, not "
+                                f"{str(row.get(key))[:40]}")
         for key in ("epochs", "unique_tokens"):
             if row.get(key) is not None and (not is_number(row[key]) or row[key] <= 0):
-                raise DataError(f"{path}: point {i}: {key} must be a positive number or left out, not {row[key]!r}")
+                raise DataError(f"{path}: point {i}: {key} must be a positive number or left out, not "
+                                f"{str(row[key])[:40]}")
         unique = row.get("unique_tokens")
         epochs = row.get("epochs") or (row["tokens"] / unique if unique else None)
         points.append(Point(arm or str(row.get("arm") or path.stem), float(row["params"]), float(row["tokens"]),
@@ -269,4 +272,4 @@ def _named(given: str) -> tuple[str, Path]:
 
 def is_number(value: Any) -> bool:
     """A finite number, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -118,7 +118,7 @@ def nonnegative(matrix: Array, target: Array) -> Array:
         if passive.all() or slope.max() <= tolerance:
             break
         passive[int(slope.argmax())] = True
-        while True:
+        for _ in range(p + 1):  # each round sets at least one free
             z = np.zeros(p)
             z[passive] = np.linalg.lstsq(matrix[:, passive], target, rcond=None)[0]
             low = passive & (z <= 0)
