@@ -141,6 +141,8 @@ def test_colours_are_readable(colours):
 
 
 @pytest.mark.parametrize("data, expected", [
+    ({"task": "t", "items": 9, "figures": {"acc": {"value": 0.5, "stderr": 0.1}, "none": {"value": None}}, "labels": {},
+      "seconds": 1.0, "model": {"name": "m", "fingerprint": "f"}}, {"acc": (0.5, 0.1)}),
     ({"task": "t", "metrics": {"acc": {"value": 0.5, "stderr": 0.1}}}, {"acc": (0.5, 0.1)}),
     ({"task": "t", "metrics": {"acc": 0.5, "acc_stderr": 0.1}, "seconds": 3}, {"acc": (0.5, 0.1)}),
     ({"results": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "t"}}}, {"acc": (0.5, 0.1)}),

@@ -87,7 +87,7 @@ def show(a: Analysis) -> None:
         first, last = points[0], points[-1]
         epochs = "?" if any(p.epochs is None for p in points) else f"{max(p.epochs or 0 for p in points):.2g}"
         table.add_row(arm, count(params), str(len(points)), _span(tokens(first.tokens), tokens(last.tokens)),
-                      _span(f"{first.tokens / params:.0f}", f"{last.tokens / params:.0f}"),
+                      _span(f"{first.tokens / params:.3g}", f"{last.tokens / params:.3g}"),
                       epochs + (", not fitted" if left_out else ""), _span(f"{first.loss:.4f}", f"{last.loss:.4f}"))
     if a.points:
         console.print(table)

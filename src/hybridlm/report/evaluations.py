@@ -2,7 +2,7 @@
 
 Taken are a task's name and its numbers with their standard errors, in any of the shapes in which such files come:
 
-    {"task": "arc_easy", "model": "...", "metrics": {"acc": {"value": 0.41, "stderr": 0.01}}}
+    {"task": "arc_easy", "model": {"name": ...}, "figures": {"acc": {"value": 0.41, "stderr": 0.01}}}  (hybridlm eval)
     {"task": "arc_easy", "metrics": {"acc": 0.41, "acc_stderr": 0.01}}
     {"results": {"arc_easy": {"acc,none": 0.41, "acc_stderr,none": 0.01}}}     (lm-evaluation-harness)
     a list of the first two
@@ -71,7 +71,7 @@ def _records(data: Any, model: str) -> Iterator[Evaluation]:
         for entry in data["results"]:
             yield from _records(entry, name)
     elif data.get("task"):
-        metrics = data["metrics"] if isinstance(data.get("metrics"), dict) else data
+        metrics = next((data[k] for k in ("figures", "metrics") if isinstance(data.get(k), dict)), data)
         yield from _one(name, str(data["task"]), metrics, data)
 
 

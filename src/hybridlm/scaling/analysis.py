@@ -144,7 +144,8 @@ def _phases(found: Gathered, arm: str, baseline: str) -> list[Crossing]:
     out = []
     for theirs in (r for r in found.runs if r.arm == baseline and r.params):
         for ours in (r for r in found.runs if r.arm == arm and r.params):
-            if abs((ours.params or 1) / (theirs.params or 1) - 1) <= 0.25:
+            same_seed = ours.recipe.get("seed", 0) == theirs.recipe.get("seed", 0)  # hence the same order of text
+            if same_seed and abs((ours.params or 1) / (theirs.params or 1) - 1) <= 0.25:
                 crossed = by_phase(ours, theirs)
                 out += [crossed] if crossed else []
     return out
