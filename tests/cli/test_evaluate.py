@@ -53,7 +53,9 @@ def test_an_interrupted_run_goes_on_with_equal_bytes(cli, gguf, data, tmp_path, 
         return real(self, requests, prefix)
 
     monkeypatch.setattr(Engine, "continuations", interrupted)
-    assert cli(*whole, tmp_path / "b")[0] == 130
+    code, _, err = cli(*whole, tmp_path / "b")
+    assert code == 130
+    assert "the same command goes on" in err
     monkeypatch.undo()
     records = tmp_path / "b" / "piqa" / "records.jsonl"
     assert len(records.read_bytes().splitlines()) == 64

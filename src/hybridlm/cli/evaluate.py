@@ -112,7 +112,12 @@ def _tasks(names: list[str], model: str, data: str | None, out: Path | None, opt
             def show(done: int, total: int, label: str = plan.label) -> None:
                 stages.status(f"{label}: {done:,} of {total:,} items")
 
-            results.append(run(plan, engine, model=_named(engine), out=out, progress=show))
+            try:
+                results.append(run(plan, engine, model=_named(engine), out=out, progress=show))
+            except KeyboardInterrupt:
+                note("interrupted; " + (f"the same command goes on, records are in {out}" if out else
+                                        "with --out DIR it would go on where it was"))
+                raise
             if not json:
                 _print(results[-1], number == 0)
     means = ruler.means(results)
