@@ -101,7 +101,7 @@ def gsm8k_score(text: str, target: str) -> dict[str, Any]:
 
 def _humaneval(run_code: bool) -> Spec:
     def grade(item: Item) -> Grade:
-        return _program(run_code, lambda text: f"{item.context}{text}\n{item.extra['test']}\n"
+        return _program(run_code, lambda text: f"{item.context.rstrip()}{text}\n{item.extra['test']}\n"
                                                f"check({item.extra['entry_point']})\n")
 
     return lambda item: item.context.rstrip(), 256, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), grade
