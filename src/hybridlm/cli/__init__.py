@@ -35,6 +35,7 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Run": {
         "chat": ("chat", "Talk with a model in the terminal."),
+        "serve": ("serve", "Serve models over HTTP: OpenAI's, Ollama's and Anthropic's APIs, a chat page."),
         "generate": ("generate", "Continue a prompt."),
         "bench": ("bench", "Measure prefill and decode speed and memory."),
     },
