@@ -35,12 +35,15 @@ def command(
     host: Annotated[str, _option("--host", help="The address to listen on. The default is reached from this machine "
                                  "only; 0.0.0.0 is reached by everybody (give --api-key then).", panel="Access")]
     = "127.0.0.1",
-    port: Annotated[int, _option("--port", "-p", min=0, max=65535, help="The port to listen on.", panel="Access")] = 8080,
-    api_key: Annotated[list[str] | None, _option("--api-key", envvar="HYBRIDLM_API_KEYS", help="A key that clients must "
-                       "send, as Authorization: Bearer or x-api-key; repeatable. Better in HYBRIDLM_API_KEYS, several "
-                       "with spaces between: arguments are seen by other users of the machine.", panel="Access")] = None,
+    port: Annotated[int, _option("--port", "-p", min=0, max=65535, help="The port to listen on.",
+                                     panel="Access")] = 8080,
+    api_key: Annotated[list[str] | None, _option("--api-key", envvar="HYBRIDLM_API_KEYS", help="A key that clients "
+                       "must send, as Authorization: Bearer or x-api-key; repeatable. Better in HYBRIDLM_API_KEYS, "
+                       "several with spaces between: arguments are seen by other users of the machine.",
+                       panel="Access")] = None,
     cors: Annotated[list[str] | None, _option("--cors", metavar="ORIGIN", help="An origin (https://example.org) whose "
-                    "pages may use the server from a browser; repeatable. None may unless named.", panel="Access")] = None,
+                    "pages may use the server from a browser; repeatable. None may unless named.",
+                    panel="Access")] = None,
     allow_host: Annotated[list[str] | None, _option("--allow-host", metavar="NAME", help="A name, besides loopback "
                           "ones, by which clients may address a server on a loopback address (behind a proxy).",
                           panel="Access")] = None,
@@ -124,8 +127,8 @@ def _models(names: list[str], settings: Any) -> list[Any]:
     if not names:
         found = [Model(e.name, opener(e.path, settings), e.nbytes, e.modified) for e in entries()]
         if not found:
-            raise HybridLMError("no model to serve: name one, for instance hybridlm serve model.gguf, or fetch one with "
-                                "hybridlm pull OWNER/NAME")
+            raise HybridLMError("no model to serve: name one, for instance hybridlm serve model.gguf, or fetch one "
+                                "with hybridlm pull OWNER/NAME")
     if len({m.name for m in found}) < len(found):
         raise HybridLMError("two models have one name; give them names as NAME=MODEL")
     return found

@@ -211,8 +211,8 @@ async def completions(request: Request) -> Response:
     head = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time())}
     if r.stream:
         usage = bool(r.stream_options and r.stream_options.include_usage)
-        return await serve.stream(request, asks, "text/event-stream", lambda a: _text_chunks(a, head, usage, r), _failed,
-                                  b": reading the prompt\n\n")
+        return await serve.stream(request, asks, "text/event-stream", lambda a: _text_chunks(a, head, usage, r),
+                                  _failed, b": reading the prompt\n\n")
     return await serve.whole(request, asks, lambda loaded, done: {
         **head, "model": loaded.name, "choices": [_text_choice(i, c, r) for i, c in enumerate(done)],
         **_usage([c.answer for c in done])})
@@ -288,7 +288,8 @@ def _card(model: Model, loaded: Loaded | None) -> dict[str, Any]:
                             "loaded": loaded is not None, "context_length": None, "chat": None, "parameters": None}
     if loaded is not None:
         engine = loaded.engine
-        card |= {"context_length": engine.context, "chat": loaded.can_chat, "parameters": engine.config.num_parameters()}
+        card |= {"context_length": engine.context, "chat": loaded.can_chat,
+                 "parameters": engine.config.num_parameters()}
     return card
 
 

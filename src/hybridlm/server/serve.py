@@ -92,7 +92,7 @@ async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Part | N
             yield 0, part
         yield 0, None
         return
-    queue: asyncio.Queue[tuple[int, Part | None | BaseException]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Part | BaseException | None]] = asyncio.Queue()
 
     async def read(i: int, answer: Answer) -> None:
         try:

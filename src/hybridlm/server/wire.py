@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -76,7 +77,7 @@ def parse(body: bytes, model: type[M]) -> M:
     except UnicodeDecodeError as error:
         raise ApiError(400, f"body: not UTF-8 (byte {error.start})") from None
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
     except UnicodeEncodeError:
@@ -99,6 +100,13 @@ def parse(body: bytes, model: type[M]) -> M:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return value
 
 
 def _too_deep(value: Any) -> bool:
