@@ -108,7 +108,8 @@ def test_other_paths_and_methods(http):
 @given(data=st.data())
 def test_fuzzed_fields_never_break_the_server(server, data):
     """Known fields with any JSON in them."""
-    value = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+    value = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(
+        allow_nan=False, allow_infinity=False)
                          | st.text(max_size=8), lambda c: st.lists(c, max_size=3)
                          | st.dictionaries(st.text(max_size=5), c, max_size=3), max_leaves=6)
     path = data.draw(st.sampled_from(POSTS))
