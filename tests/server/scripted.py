@@ -43,7 +43,7 @@ def scripted_engine(script=None, template: str | None = CHATML, **options: Any) 
         begun = begun.removeprefix("<think>\n") if template == THINKING else begun
         ids = [*TOKENIZER.encode(script(history)), TOKENIZER.token_to_id("<|im_end|>")]
         for k in range(len(ids)):
-            if TOKENIZER.decode(ids[:k]) == begun and (not k or session.tokens[-k:] == ids[:k]):
+            if (not k or session.tokens[-k:] == ids[:k]) and TOKENIZER.decode(ids[:k]) == begun:
                 row = np.zeros(config.vocab_size, np.float32)
                 row[ids[k]] = 60
                 return row

@@ -119,7 +119,9 @@ def _prepare(loaded: Loaded, ask: Ask) -> tuple[Writer, Splitter]:
         raise HybridLMError(f"tool_choice: there is no tool {ask.tool_choice[1:]!r}")
     if ask.tool_choice == "required" and not tools:
         raise HybridLMError("tool_choice: needs tools")
-    text, marks, thinking = None, (), False
+    text: str | None = None
+    marks: tuple[int, ...] = ()
+    thinking = False
     if ask.messages is not None:
         text, tokens, end = _conversation(loaded, ask, tools)
         marks, thinking = (end,), text.rstrip().endswith(THINK)

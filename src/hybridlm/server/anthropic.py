@@ -121,7 +121,8 @@ def _message(m: Message) -> list[dict[str, Any]]:
     """One message as ours: results of tools are messages of their own, thoughts of earlier turns are left out."""
     if isinstance(m.content, str):
         return [{"role": m.role, "content": m.content}]
-    out, text, calls = [], "", []
+    out: list[dict[str, Any]] = []
+    text, calls = "", []
     for block in m.content:
         if isinstance(block, TextBlock):
             text += block.text

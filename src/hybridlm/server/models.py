@@ -91,9 +91,11 @@ class Loaded:
         stored = self.engine.cache.stats.stored
         if (file := self.cache_file) and stored != self._saved:
             self._saved = stored
-            try:
+            try:  # what was said is for the server's user alone
+                file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self.engine.save_cache(file)
-            except HybridLMError as error:
+                file.chmod(0o600)
+            except (HybridLMError, OSError) as error:
                 log.warning("prefix cache not saved", extra={"data": {"model": self.name, "error": str(error)}})
 
     def close(self, seconds: float = 0.0) -> None:

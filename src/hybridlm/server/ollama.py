@@ -29,7 +29,7 @@ class Options(BaseModel):
     top_k: int | None = Field(40, ge=0, le=2**31)
     top_p: float | None = Field(0.9, gt=0, le=1)
     min_p: float | None = Field(0.0, ge=0, le=1)
-    repeat_penalty: float | None = Field(1.0, gt=0, le=100)
+    repeat_penalty: float | None = Field(1.0, ge=0.01, le=100)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     seed: int | None = None
@@ -99,7 +99,7 @@ class ShowRequest(BaseModel):
 
 
 def _ask(r: Common) -> Ask:
-    o = r.options or Options()
+    o = r.options or Options.model_validate({})
     sampling: dict[str, Any] = {
         "temperature": 0.8 if o.temperature is None else o.temperature, "top_k": 40 if o.top_k is None else o.top_k,
         "top_p": 0.9 if o.top_p is None else o.top_p, "min_p": o.min_p or 0.0,

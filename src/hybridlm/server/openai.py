@@ -73,7 +73,7 @@ def _message(m: Message) -> dict[str, Any]:
     if m.tool_calls:
         calls = []
         for call in m.tool_calls:
-            arguments = call.function.arguments
+            arguments: Any = call.function.arguments
             if isinstance(arguments, str):
                 try:
                     arguments = json.loads(arguments or "{}")

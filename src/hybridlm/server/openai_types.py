@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -84,10 +84,10 @@ class Common(BaseModel):
     top_p: float | None = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(0, ge=-1, le=2**31)
     min_p: float | None = Field(0.0, ge=0, le=1)
-    repetition_penalty: float | None = Field(1.0, gt=0, le=100)
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=100)
     frequency_penalty: float | None = Penalty
     presence_penalty: float | None = Penalty
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-1000, le=1000)]] | None = Field(None, max_length=1000)
     seed: int | None = Field(None, description="Fixes the output; negative numbers count as their absolute value.")
     stop: str | list[str] | None = None
     stream: bool | None = False

@@ -106,11 +106,11 @@ async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Part | N
     try:
         left = len(answers)
         while left:
-            i, part = await queue.get()
-            if isinstance(part, BaseException):
-                raise part
-            left -= part is None
-            yield i, part
+            i, item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            left -= item is None
+            yield i, item
     finally:
         for task in tasks:
             task.cancel()

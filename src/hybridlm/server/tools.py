@@ -54,7 +54,8 @@ def _call(text: str, at: int) -> tuple[Call, int]:
     name = _NAME.match(text, at)
     if not name:
         raise ValueError
-    at, arguments = name.end(), {}
+    at = name.end()
+    arguments: dict[str, Any] = {}
     while True:
         while at < len(text) and text[at] in " \t\r\n":
             at += 1
@@ -75,7 +76,8 @@ def _call(text: str, at: int) -> tuple[Call, int]:
 def _value(text: str, at: int) -> tuple[Any, int]:
     """A JSON value, or a Python literal, that ends before a comma or a bracket."""
     try:
-        value, end = json.JSONDecoder().raw_decode(text, at)
+        value, end = json.JSONDecoder(parse_constant=_none_such).raw_decode(text, at)
+        json.dumps(value, allow_nan=False)  # 1e999 is no number
         if text[end:].lstrip()[:1] in (",", ")"):
             return value, end
     except ValueError:
@@ -98,6 +100,10 @@ def _value(text: str, at: int) -> tuple[Any, int]:
             depth -= 1
         end += 1
     return _literal(ast.parse(text[at:end].strip(), mode="eval").body), end
+
+
+def _none_such(name: str) -> Any:
+    raise ValueError(name)
 
 
 def _literal(node: ast.expr) -> Any:

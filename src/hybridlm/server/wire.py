@@ -181,7 +181,7 @@ class Streamed(Response):
             async with asyncio.timeout(self._seconds):  # a client that does not read holds nothing open
                 await send({"type": "http.response.body", "body": block, "more_body": more})
 
-        first = asyncio.ensure_future(anext(self._blocks, None))  # type: ignore[arg-type]
+        first = asyncio.ensure_future(anext(self._blocks, None))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while self._alive and not (await asyncio.wait({first}, timeout=10))[0]:
