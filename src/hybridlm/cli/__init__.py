@@ -39,6 +39,12 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
         "generate": ("generate", "Continue a prompt."),
         "bench": ("bench", "Measure prefill and decode speed and memory."),
     },
+    "Models": {
+        "pull": ("pull", "Fetch a model from the hub, ready to run."),
+        "list": ("list_models", "Show the models that are here."),
+        "rm": ("rm", "Delete models from the store."),
+        "upload": ("upload", "Publish GGUF files with a model card."),
+    },
     "Evaluate": {
         "eval": ("evaluate", "Measure quality: bits per byte on your own files."),
     },

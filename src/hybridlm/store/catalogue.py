@@ -30,6 +30,7 @@ class Entry:
     path: Path
     nbytes: int
     modified: float
+    note: Path  # that gives the name to the file
 
 
 def entries() -> list[Entry]:
@@ -47,7 +48,7 @@ def entries() -> list[Entry]:
             revision, kind = note.name.removesuffix(".json"), ""
         name = root.name.replace("--", "/", 1)
         name += ("" if unquote(revision) == "main" else f"@{unquote(revision)}") + (f":{kind}" if kind else "")
-        found.append(Entry(name, path, stat.st_size, stat.st_mtime))
+        found.append(Entry(name, path, stat.st_size, stat.st_mtime, note))
     return found
 
 
@@ -76,15 +77,12 @@ def remove(name: str, report: Report) -> int:
         others = {e.path for e in entries() if e.name != name}
         freed = 0
         for entry in mine:
+            entry.note.unlink()
             if entry.path not in others:
                 freed += entry.nbytes
                 entry.path.unlink()
                 with contextlib.suppress(OSError):
                     entry.path.parent.rmdir()
-        for note in (root / "refs").glob("*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                if not (root / json.loads(note.read_text(encoding="utf-8"))["file"]).is_file():
-                    note.unlink()
     return freed
 
 
