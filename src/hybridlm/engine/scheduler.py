@@ -319,7 +319,7 @@ class Scheduler:
         prompt_rows = sum(len(tokens) for _, tokens in slices)
         began = time.perf_counter()
         try:
-            if slices and len(parts) + prompt_rows > SLAB:  # cut nowhere else than `Writer.slice` did
+            if slices and len(parts) + prompt_rows > self.rows:  # cut nowhere else than `Writer.slice` did
                 if parts:
                     self.engine.feed(parts)
                 self.engine.feed(slices)
