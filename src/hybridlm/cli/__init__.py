@@ -46,7 +46,8 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
         "upload": ("upload", "Publish GGUF files with a model card."),
     },
     "Evaluate": {
-        "eval": ("evaluate", "Measure quality: bits per byte on your own files."),
+        "eval": ("evaluate", "Measure quality: benchmarks, RULER, bits per byte on your own files."),
+        "verify": ("verify", "Check that all ways to compute a model's output agree."),
         "scaling": ("scaling", "Tokens to parity between architectures, by law and by trajectory, with intervals."),
         "report": ("report", "Runs and evaluations as one self-contained page, with plots."),
     },
