@@ -174,6 +174,10 @@ class FairClock:
             self._tags.remove(tag)
             heapq.heapify(self._tags)
 
+    def clear(self) -> None:
+        """No job is left."""
+        self._tags.clear()
+
     def advance(self, work: float) -> None:
         """The machine has done so much."""
         while self._tags:
@@ -279,6 +283,8 @@ class Scheduler:
     def _work(self) -> None:
         while True:
             with self._changed:
+                if not self._unread:
+                    self._clock.clear()  # nobody waits: nothing is owed
                 while not (self._unread or self._writing):
                     if self._closing:
                         return
@@ -400,6 +406,10 @@ class Scheduler:
         stream.begun = time.monotonic()
         self._held_bytes += stream._bytes
         stream.writer.begin()
+        # What the cache had come to hold since it came in counts as read at once. Otherwise the simulated machines would
+        # fall ever further behind, and whoever waits for its turn there would wait for ever.
+        with self._changed:
+            self._clock.advance(max(0, stream._work - stream.writer.unread))
         self.counters.prompt_tokens += len(stream.writer.prompt)
         self.counters.reused_tokens += stream.writer.reused_tokens
 
