@@ -406,8 +406,8 @@ class Scheduler:
         stream.begun = time.monotonic()
         self._held_bytes += stream._bytes
         stream.writer.begin()
-        # What the cache had come to hold since it came in counts as read at once. Otherwise the simulated machines would
-        # fall ever further behind, and whoever waits for its turn there would wait for ever.
+        # What the cache had come to hold since it came in counts as read at once. Otherwise the simulated machines
+        # would fall ever further behind, and whoever waits for its turn there would wait for ever.
         with self._changed:
             self._clock.advance(max(0, stream._work - stream.writer.unread))
         self.counters.prompt_tokens += len(stream.writer.prompt)
