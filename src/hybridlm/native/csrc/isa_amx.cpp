@@ -21,9 +21,10 @@ namespace hybridlm::amx {
 #include "blocks.inl"
 #include "source.inl"
 
-constexpr int64_t stretch = 16;        // blocks of 32 columns: 16 KB of each of two panels stay in the first cache
+constexpr int64_t stretch = 8;         // blocks of 32 columns: with two tiles of x all fits into the first cache
+constexpr int64_t together = 2;        // stretches that are unpacked at a time: whole cache lines of weights
 constexpr int64_t block_bytes = 1024;  // of a panel's block, or of a tile of x
-constexpr int64_t sum_floats = 256;    // of a tile of results
+constexpr int64_t pair_floats = 1024;  // of 32 rows of x times 32 of weights
 
 // Two columns of bfloat16 in a dword, as tiles want them; ties go away from zero.
 HYBRIDLM_INLINE U pair(F low, F high) {
@@ -59,15 +60,22 @@ void configure() {
 // Tile instructions read and write memory behind the compiler's back: nothing may move across.
 HYBRIDLM_INLINE void fence() { asm volatile("" ::: "memory"); }
 
-// sums[i][j] += rows i of x times panel j over `blocks` blocks, for `tall` x `wide` tiles.
-template <int tall, int wide>
-void multiply(const uint16_t* x, int64_t x_step, const uint8_t* w, int64_t w_step, int64_t blocks, float* sums) {
+// sums[i][j] += rows i of x times panel j over a stretch, for `tall` x `wide` tiles; from zero where `fresh`.
+template <int tall, int wide> void multiply(const uint16_t* x, const uint8_t* w, bool fresh, float* sums) {
+    constexpr int64_t x_step = stretch * block_bytes / 2, w_step = stretch * block_bytes;
     fence();
-    _tile_loadd(0, sums, 64);
-    if constexpr (wide > 1) _tile_loadd(1, sums + sum_floats, 64);
-    if constexpr (tall > 1) _tile_loadd(2, sums + 2 * sum_floats, 64);
-    if constexpr (tall > 1 && wide > 1) _tile_loadd(3, sums + 3 * sum_floats, 64);
-    for (int64_t b = 0; b < blocks; ++b) {
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 128);
+        if constexpr (wide > 1) _tile_loadd(1, sums + 16, 128);
+        if constexpr (tall > 1) _tile_loadd(2, sums + 512, 128);
+        if constexpr (tall > 1 && wide > 1) _tile_loadd(3, sums + 528, 128);
+    }
+    for (int64_t b = 0; b < stretch; ++b) {
         _tile_loadd(4, x, 64);
         _tile_loadd(6, w, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -82,28 +90,56 @@ void multiply(const uint16_t* x, int64_t x_step, const uint8_t* w, int64_t w_ste
         }
         x += block_bytes / 2, w += block_bytes;
     }
-    _tile_stored(0, sums, 64);
-    if constexpr (wide > 1) _tile_stored(1, sums + sum_floats, 64);
-    if constexpr (tall > 1) _tile_stored(2, sums + 2 * sum_floats, 64);
-    if constexpr (tall > 1 && wide > 1) _tile_stored(3, sums + 3 * sum_floats, 64);
+    _tile_stored(0, sums, 128);
+    if constexpr (wide > 1) _tile_stored(1, sums + 16, 128);
+    if constexpr (tall > 1) _tile_stored(2, sums + 512, 128);
+    if constexpr (tall > 1 && wide > 1) _tile_stored(3, sums + 528, 128);
     fence();
 }
+
+void multiply(int64_t tall, int64_t wide, const uint16_t* x, const uint8_t* w, bool fresh, float* sums) {
+    if (tall == 2 && wide == 2) multiply<2, 2>(x, w, fresh, sums);
+    else if (tall == 2) multiply<2, 1>(x, w, fresh, sums);
+    else if (wide == 2) multiply<1, 2>(x, w, fresh, sums);
+    else multiply<1, 1>(x, w, fresh, sums);
+}
+
+// Fetches the weights that come next, a little at a time: their rows lie too far apart for the hardware to do it. Of two
+// neighbouring lines one is asked for; memory gives both.
+struct Ahead {
+    const uint8_t* at = nullptr;
+    int64_t row_bytes = 0, run = 0, left = 0, now = 0;  // bytes of a row, lines that are left, bytes into the run
+
+    template <class Q> static Ahead of(const Source& s, int64_t panel, int64_t unit, int64_t units) {
+        const int64_t rows = smaller(s.rows - panel * lanes, 2 * lanes);
+        const int64_t run = smaller(units * Q::unit_bytes, s.row_bytes - unit * Q::unit_bytes);
+        return {s.data + panel * lanes * s.row_bytes + unit * Q::unit_bytes, s.row_bytes, run, rows * ((run + 127) / 128), 0};
+    }
+
+    void step(int64_t n) {
+        for (; n > 0 && left > 0; --n, --left) {
+            fetch(at + now);
+            now += 128;
+            if (now >= run) now = 0, at += row_bytes;
+        }
+    }
+};
 
 int64_t blocks_of(int64_t cols) { return (cols + 255) / 256 * 8; }
 int64_t tiles_of(int64_t t) { return (t + 15) / 16; }
 
 struct Room {
     uint8_t *stage, *weights;
-    float* sums;  // [pairs of panels][pairs of tiles of x][2 x 2 tiles]
+    float* sums;  // [pairs of panels][pairs of tiles of x][32 rows][32 lanes]
     int64_t bytes;
 };
 
 Room room_of(int64_t t, int64_t panels, void* scratch) {
     uint8_t* base = static_cast<uint8_t*>(scratch);
-    const int64_t staged = (stage_bytes + 63) / 64 * 64, unpacked = 2 * stretch * block_bytes;
+    const int64_t staged = (stage_bytes + 63) / 64 * 64, unpacked = together * 2 * stretch * block_bytes;
     const int64_t pairs = (panels + 1) / 2 * ((tiles_of(t) + 1) / 2);
     return {base, base + staged, reinterpret_cast<float*>(base + staged + unpacked),
-            staged + unpacked + pairs * 16 * sum_floats};
+            staged + unpacked + pairs * 4 * pair_floats};
 }
 
 size_t scratch_bytes(int64_t t, int64_t panels) { return static_cast<size_t>(room_of(t, panels, nullptr).bytes); }
@@ -115,49 +151,42 @@ template <int type> void product_of(const uint8_t* data, int64_t rows, int64_t c
     type_info(type, info);
     const Room room = room_of(t, last - first, scratch);
     const Source source{data, rows, cols / info.block * info.bytes, room.stage};
-    const int64_t blocks = blocks_of(cols), tiles = tiles_of(t), across = (tiles + 1) / 2;
-    memset(room.sums, 0, static_cast<size_t>((last - first + 1) / 2 * across * 16 * sum_floats));
+    const int64_t units = (cols + 255) / 256, tiles = tiles_of(t), across = (tiles + 1) / 2;
+    constexpr int64_t step = stretch * block_bytes, x_step = step / 2;
     configure();
-    for (int64_t at = 0; at < blocks; at += stretch) {
-        const int64_t n = smaller(stretch, blocks - at);
-        const uint16_t* xs = x + at * tiles * (block_bytes / 2);
-        const int64_t x_step = n * (block_bytes / 2), w_step = stretch * block_bytes;
+    for (int64_t at = 0; at < units; at += together) {
+        const int64_t n = smaller(together, units - at);
         float* sums = room.sums;
         for (int64_t p = first; p < last; p += 2) {
-            const bool two = p + 1 < last;
-            for (int64_t i = 0; i < 1 + two; ++i) {
-                for (int64_t u = 0; u < n / 8; ++u) {
-                    size_t step;
-                    const uint8_t* from = source.unit<Q>((p + i) * lanes, at / 8 + u, step);
-                    ToTiles sink{room.weights + i * w_step + 8 * u * block_bytes};
-                    Q::unit(from, step, sink);
+            const int64_t wide = smaller(2, last - p);
+            for (int64_t i = 0; i < n * wide; ++i) {
+                size_t apart;
+                const uint8_t* from = source.unit<Q>((p + i % wide) * lanes, at + i / wide, apart);
+                ToTiles sink{room.weights + (i / wide * 2 + i % wide) * step};
+                Q::unit(from, apart, sink);
+            }
+            Ahead ahead = p + 2 < last ? Ahead::of<Q>(source, p + 2, at, n) : Ahead{};
+            const int64_t share = (ahead.left + n * across - 1) / (n * across);
+            for (int64_t u = 0; u < n; ++u) {
+                for (int64_t i = 0; i < tiles; i += 2) {
+                    ahead.step(share);
+                    multiply(smaller(2, tiles - i), wide, x + ((at + u) * tiles + i) * x_step,
+                             room.weights + u * 2 * step, at + u == 0, sums + i / 2 * pair_floats);
                 }
             }
-            // Rows of weights lie too far apart for the hardware to fetch what comes next.
-            const int64_t ahead = smaller(rows - (p + 2) * lanes, 2 * lanes);
-            const uint8_t* next = data + (p + 2) * lanes * source.row_bytes + at / 8 * Q::unit_bytes;
-            const int64_t bytes = smaller(n / 8 * Q::unit_bytes, source.row_bytes - at / 8 * Q::unit_bytes);
-            if (p + 2 < last)
-                for (int64_t r = 0; r < ahead; ++r)
-                    for (int64_t line = 0; line < bytes; line += 64) fetch(next + r * source.row_bytes + line);
-            for (int64_t i = 0; i < tiles; i += 2, sums += 4 * sum_floats) {
-                const uint16_t* rows_of_x = xs + i * x_step;
-                if (i + 1 < tiles && two) multiply<2, 2>(rows_of_x, x_step, room.weights, w_step, n, sums);
-                else if (i + 1 < tiles) multiply<2, 1>(rows_of_x, x_step, room.weights, w_step, n, sums);
-                else if (two) multiply<1, 2>(rows_of_x, x_step, room.weights, w_step, n, sums);
-                else multiply<1, 1>(rows_of_x, x_step, room.weights, w_step, n, sums);
-            }
+            sums += across * pair_floats;
         }
     }
     _tile_release();
     const float* sums = room.sums;
     for (int64_t p = first; p < last; p += 2) {
-        for (int64_t i = 0; i < across; ++i, sums += 4 * sum_floats) {
-            for (int64_t row = 0; row < smaller(32, t - 32 * i); ++row) {
-                for (int64_t j = 0; j < smaller(2, last - p); ++j) {
-                    const int64_t at = (p + j) * lanes, n = smaller(lanes, rows - at);
-                    const float* from = sums + (row / 16 * 2 + j) * sum_floats + row % 16 * lanes;
-                    memcpy(out + (32 * i + row) * stride + at, from, static_cast<size_t>(4 * n));
+        const int64_t wide = smaller(2, last - p);
+        for (int64_t i = 0; i < tiles; i += 2, sums += pair_floats) {
+            for (int64_t row = 16 * i; row < smaller(16 * i + 32, t); ++row) {
+                for (int64_t j = 0; j < wide; ++j) {
+                    const __mmask16 there = static_cast<__mmask16>(0xffffu >> (16 - smaller(16, rows - (p + j) * lanes)));
+                    _mm512_mask_storeu_ps(out + row * stride + (p + j) * lanes, there,
+                                          load_f(sums + (row - 16 * i) * 32 + 16 * j));
                 }
             }
         }
@@ -182,8 +211,7 @@ void arrange(const float* x, int64_t t, int64_t cols, int64_t i, uint16_t* out) 
     const int64_t blocks = blocks_of(cols), tiles = tiles_of(t);
     const __m512i one = _mm512_set1_epi32(1), most = _mm512_set1_epi32(0x7fff), nan = _mm512_set1_epi32(0x7fc00000);
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t at = b / stretch * stretch, n = smaller(stretch, blocks - at);
-        uint16_t* to = out + (at * tiles + i * n + b - at) * (block_bytes / 2);
+        uint16_t* to = out + ((b / stretch * tiles + i) * stretch + b % stretch) * (block_bytes / 2);
         for (int64_t row = 16 * i; row < 16 * i + 16; ++row) {
             for (int64_t c = 32 * b; c < 32 * b + 32; c += 16, to += 16) {
                 const int64_t left = row < t ? smaller(16, cols - c) : 0;
