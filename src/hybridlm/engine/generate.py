@@ -38,7 +38,7 @@ class Generation:
 
     def __init__(self, engine: Engine, prompt: list[int], sampler: Sampler, *, max_tokens: int | None = None,
                  stop: tuple[str, ...] = (), eos: tuple[int, ...] = (), checkpoints: Sequence[int] = (),
-                 speculative: bool = False) -> None:
+                 speculative: bool | Engine = False) -> None:
         room = engine.context - len(prompt)
         if room < 0:
             raise HybridLMError(f"context: the prompt has {len(prompt)} tokens, the context only {engine.context}; "
@@ -125,7 +125,8 @@ class Generation:
         if self._speculative:
             from hybridlm.engine.speculative import speculate
 
-            yield from speculate(session, self._sampler, self.prompt, self._eos, self._most)
+            draft = None if isinstance(self._speculative, bool) else self._speculative
+            yield from speculate(session, self._sampler, self.prompt, self._eos, self._most, draft=draft)
             return
         seen = list(self.prompt)
         while True:

@@ -38,7 +38,7 @@ from hybridlm.atomic import atomic_write
 
 __all__ = ["Checkpoint", "PrefixCache", "Stats"]
 
-_MAGIC, _VERSION = b"hlmcache", 1
+_MAGIC, _VERSION = b"hlmcache", 2
 _PREFIX = struct.Struct("<8sIQ32s")  # magic, version, bytes of the index, sha256 of the index
 _MAX_INDEX = 1 << 30
 _MOST_USES = 8  # counted for worth, so that yesterday's favourite does not stay for ever

@@ -186,13 +186,21 @@ void multiply_quantised(const Kernels& k, const float* x, int64_t t, int64_t col
         parallel_for(static_cast<int64_t>(tiles.size()), quantise);
     }
 
+    const int64_t lanes = k.matmul.lanes;
     const std::vector<Part> parts = panel_parts(jobs, k.matmul.lanes, INT64_MAX);
     const size_t bytes = k.matmul.scratch_bytes(cols);
     parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t i, int thread) {
         const Part& part = parts[static_cast<size_t>(i)];
         const Matrix& m = *part.job->matrix;
+        // The others take the next parts, this thread most likely the one after those.
+        const uint8_t* after = nullptr;
+        if (const size_t j = static_cast<size_t>(i + threads()); j < parts.size()) {
+            const Matrix& then = *parts[j].job->matrix;
+            if (then.type == m.type && (parts[j].first + 1) * lanes <= then.rows)
+                after = then.data + parts[j].first * lanes * then.row_bytes;
+        }
         k.matmul.quantised(m.type, m.data, m.rows, cols, part.first, part.last, tiles.data(),
-                           static_cast<int>(tiles.size()), part.job->out, m.rows, scratch(thread, bytes));
+                           static_cast<int>(tiles.size()), after, part.job->out, m.rows, scratch(thread, bytes));
     });
 }
 
@@ -326,10 +334,9 @@ double read_bandwidth(const Array<const uint8_t, 1>& data, int repeats) {
     return best;
 }
 
-double int8_peak(double seconds) {
-    nb::gil_scoped_release release;
-    const Kernels& k = kernels();
-    const int64_t parts = threads(), turns = 20000;
+// Operations a second of a loop in registers, on all threads: the best of several tries.
+double peak_of(double (*loop)(int64_t), int64_t turns, double seconds) {
+    const int64_t parts = threads();
     double best = 0;
     const auto begin = std::chrono::steady_clock::now();
     do {
@@ -337,12 +344,23 @@ double int8_peak(double seconds) {
         auto start = std::chrono::steady_clock::now();
         parallel_for(parts, [&](int64_t, int) {
             double operations = 0;
-            for (int i = 0; i < 20; ++i) operations += k.matmul.peak(turns);
+            for (int i = 0; i < 20; ++i) operations += loop(turns);
             done += static_cast<int64_t>(operations);
         });
         best = std::max(best, static_cast<double>(done.load()) / seconds_since(start));
     } while (seconds_since(begin) < seconds);
     return best;
+}
+
+double int8_peak(double seconds) {
+    nb::gil_scoped_release release;
+    return peak_of(kernels().matmul.peak, 20000, seconds);
+}
+
+double tile_peak(double seconds) {
+    nb::gil_scoped_release release;
+    const TileKernels* tiles = kernels().matmul.tiles;
+    return tiles ? peak_of(tiles->peak, 5000, seconds) : 0;
 }
 
 }  // namespace
@@ -363,4 +381,5 @@ void bind_matmul(nb::module_& m) {
     m.def("dequantize", dequantize, nb::arg("type"), nb::arg("data").noconvert(), nb::arg("out").noconvert());
     m.def("read_bandwidth", read_bandwidth, nb::arg("data").noconvert(), nb::arg("repeats") = 1);
     m.def("int8_peak", int8_peak, nb::arg("seconds") = 0.2);
+    m.def("tile_peak", tile_peak, nb::arg("seconds") = 0.2);
 }

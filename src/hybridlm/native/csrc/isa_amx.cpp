@@ -229,7 +229,21 @@ void arrange(const float* x, int64_t t, int64_t cols, int64_t i, uint16_t* out) 
 
 size_t arranged_bytes(int64_t t, int64_t cols) { return static_cast<size_t>(tiles_of(t) * blocks_of(cols) * block_bytes); }
 
+double peak(int64_t turns) {
+    configure();
+    _tile_zero(4);
+    _tile_zero(6);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 6);
+    }
+    _tile_release();
+    return static_cast<double>(turns) * 4 * 16 * 16 * 32 * 2;
+}
+
 extern const TileKernels tiles;
-const TileKernels tiles = {arrange, arranged_bytes, product, scratch_bytes};
+const TileKernels tiles = {arrange, arranged_bytes, product, scratch_bytes, peak};
 
 }  // namespace hybridlm::amx

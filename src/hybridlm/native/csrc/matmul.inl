@@ -139,7 +139,8 @@ inline size_t scratch_bytes(int64_t cols) {
 }
 
 template <int type> void quantised_of(const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
-                                      const Tile* tiles, int count, float* out, int64_t stride, void* scratch) {
+                                      const Tile* tiles, int count, const uint8_t* after, float* out, int64_t stride,
+                                      void* scratch) {
     using Q = Blocks<type>;
     using K = KindOf<Q>;
     constexpr int starts = Q::halves ? 2 : 1;
@@ -168,9 +169,10 @@ template <int type> void quantised_of(const uint8_t* data, int64_t rows, int64_t
     };
 
     auto ahead = [&](int64_t p, int64_t u) {
-        const bool next = p + 1 < last && (p + 2) * lanes <= rows && 256 * (u + 1) <= cols;
-        return Ahead{next ? data + (p + 1) * lanes * source.row_bytes + u * 4 * Q::unit_bytes : data,
-                     next ? 4 * source.row_bytes : 0};
+        const uint8_t* next = p + 1 == last ? after : nullptr;
+        if (p + 1 < last && (p + 2) * lanes <= rows) next = data + (p + 1) * lanes * source.row_bytes;
+        if (!next || 256 * (u + 1) > cols) return Ahead{data, 0};
+        return Ahead{next + u * 4 * Q::unit_bytes, 4 * source.row_bytes};
     };
 
     if (count == 1 && total_width <= straight) {
@@ -258,15 +260,15 @@ template <int type> void quantised_of(const uint8_t* data, int64_t rows, int64_t
 }
 
 void quantised(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
-               const Tile* tiles, int count, float* out, int64_t stride, void* scratch) {
+               const Tile* tiles, int count, const uint8_t* after, float* out, int64_t stride, void* scratch) {
     switch (type) {
-        case Q8_0: return quantised_of<Q8_0>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q4_0: return quantised_of<Q4_0>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q5_0: return quantised_of<Q5_0>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q4_K: return quantised_of<Q4_K>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q5_K: return quantised_of<Q5_K>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q6_K: return quantised_of<Q6_K>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case IQ4_NL: return quantised_of<IQ4_NL>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
+        case Q8_0: return quantised_of<Q8_0>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q4_0: return quantised_of<Q4_0>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q5_0: return quantised_of<Q5_0>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q4_K: return quantised_of<Q4_K>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q5_K: return quantised_of<Q5_K>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q6_K: return quantised_of<Q6_K>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case IQ4_NL: return quantised_of<IQ4_NL>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
     }
 }
 

@@ -61,6 +61,7 @@ struct TileKernels {
     void (*product)(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
                     const uint16_t* x, int64_t t, float* out, int64_t stride, void* scratch);
     size_t (*scratch_bytes)(int64_t t, int64_t panels);
+    double (*peak)(int64_t turns);  // operations that were done
 };
 
 struct MatmulKernels {
@@ -71,9 +72,10 @@ struct MatmulKernels {
     void (*activations)(const float* x, int64_t cols, const Tile& tile, unsigned slots);
 
     // out[t][row] for the rows of panels first .. last - 1 (row numbers start at `out`) and all tiles, t counting on
-    // through the tiles. `scratch` holds scratch_bytes.
+    // through the tiles. `after` is a whole panel of this type that this thread will want next, to be fetched at the
+    // end, or null. `scratch` holds scratch_bytes.
     void (*quantised)(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
-                      const Tile* tiles, int count, float* out, int64_t stride, void* scratch);
+                      const Tile* tiles, int count, const uint8_t* after, float* out, int64_t stride, void* scratch);
     size_t (*scratch_bytes)(int64_t cols);
 
     // The same with float32 activations, for every type: rows first .. last - 1. Scratch: float_scratch(cols) bytes.
