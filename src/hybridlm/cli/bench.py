@@ -26,7 +26,7 @@ def command(
     type: Annotated[str, typer.Option("--type", help="Type of the weights of --preset.")] = "q4_0",
     prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, help="Tokens to read.")] = 512,
     generate: Annotated[int, typer.Option("--generate", "-g", min=1, help="Tokens to generate after them.")] = 64,
-    contexts: Annotated[str | None, typer.Option("--contexts", "-c", help="Also measure at these depths, in one growing "
+    contexts: Annotated[str | None, typer.Option("--contexts", "-c", help="Also measure at these depths of one growing "
                                                                           "text: 0,4096,8192.")] = None,
     repeat: Annotated[int, typer.Option("--repeat", "-r", min=1, help="Times to measure; the median counts.")] = 3,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Also measure the machine: memory bandwidth and "
@@ -170,8 +170,8 @@ def show(f: dict[str, Any]) -> None:
         for row in f["contexts"]:
             speed, moved = row["decode_tokens_per_s"], row["decode_bytes_per_token"]
             prefill = row.get("prefill_tokens_per_s")
-            depths.add_row(f"{row['context']:,.0f}", f"{prefill:,.1f} tokens/s" if prefill else "", f"{speed:,.2f} tokens/s",
-                           size(moved), *[f"{speed * moved / limit:.0%}"] if limit else [])
+            depths.add_row(f"{row['context']:,.0f}", f"{prefill:,.1f} tokens/s" if prefill else "",
+                           f"{speed:,.2f} tokens/s", size(moved), *[f"{speed * moved / limit:.0%}"] if limit else [])
         Console().print(depths)
 
 
@@ -181,7 +181,7 @@ def _depths(text: str | None) -> list[int]:
         if any(d < 0 for d in depths):
             raise ValueError
     except ValueError:
-        raise typer.BadParameter("give token counts with commas between: 0,4096,8192", param_hint="--contexts") from None
+        raise typer.BadParameter("give token counts, commas between: 0,4096,8192", param_hint="--contexts") from None
     return depths
 
 

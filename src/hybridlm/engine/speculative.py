@@ -2,14 +2,14 @@
 
 Reading eight tokens costs a memory-bound machine little more than reading one, because the weights are read once.
 Guesses come from the text itself (`Lookup`: where the last few tokens have occurred before, what followed then is
-guessed to follow now; prompt lookup, Saxena 2023) or from a smaller model (`Draft`). One pass reads the chosen token and the guesses and says what follows each; the sampler then chooses token after
-token as it would without guesses, and the first choice that differs from its guess ends the round. The state takes
-back what was guessed wrong.
+guessed to follow now; prompt lookup, Saxena 2023) or from a smaller model (`Draft`). One pass reads the chosen token
+and the guesses and says what follows each; the sampler then chooses token after token as it would without guesses, and
+the first choice that differs from its guess ends the round. The state takes back what was guessed wrong.
 
 Choosing with the same sampler from the same logits keeps the distribution exactly, whatever the guesses are: a right
-one changes nothing but the time. A draft model samples with the random numbers that the sampler will draw next, so
-that the two agree about as often as their distributions do. The same seed even gives the same text, as far as a pass over several rows and one over a single row round
-alike.
+one changes nothing but the time. The same seed even gives the same text, as far as a pass over several rows and one
+over a single row round alike. A draft model samples with the random numbers that the sampler will draw next, so that
+the two agree about as often as their distributions do.
 
 How many guesses are worth checking follows from how many were right lately: the number k that makes
 (1 + p + ... + p^k) / cost(k) largest, where p is the recent rate and cost(k) what a pass with k guesses costs next to
