@@ -153,7 +153,7 @@ class Replay(Sampler):
         super().__init__(0)
         self.text, self.prompt = text, prompt
 
-    def sample(self, logits: np.ndarray, seen: Iterable[int] = ()) -> int:
+    def sample(self, logits: np.ndarray, seen: Iterable[int] = (), **_: Any) -> int:
         super().sample(logits)  # as much work as ever
         return self.text[sum(1 for _ in seen) - self.prompt]
 
