@@ -21,6 +21,7 @@ from hybridlm.errors import ConfigError, FormatError
 __all__ = ["CPU", "file_loader"]
 
 Array = np.ndarray
+SHORT = 16  # tokens of a segment up to which its rows give the same numbers one by one
 
 
 class CPU:
@@ -33,6 +34,7 @@ class CPU:
         self._buffers: dict[tuple[str, int, int], Array] = {}
         ropes = {config.rope_of(i) for i, group in enumerate(layout.layers) if group >= 0}
         self._inv_freq = {rope: _inv_freq(rope, config.head_dim) for rope in ropes if rope}
+        self._runs: list[tuple[int, int, bool]] = []  # of the rows of this pass: first, last, whether of long segments
         self._second = False  # which of two buffers the last norm filled: q's and k's are alive together
 
     def state(self) -> State:
@@ -41,6 +43,15 @@ class CPU:
     def begin(self, batch: Batch) -> None:
         for s in batch.segments:
             s.state.reserve(s.last - s.first)
+        # Rows of long segments may take another way through the matrices than rows of short ones. Which way a row takes
+        # depends on its own segment alone, so what comes out does not depend on what else is in the batch.
+        self._runs = []
+        for s in batch.segments:
+            prompt = s.trial is None and s.last - s.first > SHORT
+            if self._runs and self._runs[-1][2] == prompt:
+                self._runs[-1] = (self._runs[-1][0], s.last, prompt)
+            else:
+                self._runs.append((s.first, s.last, prompt))
 
     def embed(self, table: native.Matrix, batch: Batch) -> Array:
         out = self._buffer("embed", 0, len(batch.ids), table.cols)
@@ -56,7 +67,8 @@ class CPU:
     def linear(self, x: Array, *weights: native.Matrix) -> tuple[Array, ...]:
         role = f"linear{len(weights)}"
         outs = [self._buffer(role, i, len(x), w.rows) for i, w in enumerate(weights)]
-        native.linear(x, list(weights), outs, self.exact)
+        for first, last, prompt in self._runs:
+            native.linear(x[first:last], list(weights), [out[first:last] for out in outs], self.exact, prompt)
         return tuple(outs)
 
     def swiglu(self, gate: Array, up: Array) -> Array:

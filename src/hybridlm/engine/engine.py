@@ -167,7 +167,7 @@ class Engine:
     def generate(self, prompt: str | Sequence[int], *, max_tokens: int | None = None, temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
                  seed: int | None = None, stop: str | Sequence[str] = (), ignore_eos: bool = False,
-                 checkpoints: Sequence[int] = (), speculative: bool = False) -> Generation:
+                 checkpoints: Sequence[int] = (), speculative: bool | Engine = False) -> Generation:
         """Continue a prompt: an iterator of `Piece`s, one a token, that also knows the whole afterwards.
 
         Args:
@@ -179,7 +179,8 @@ class Engine:
             checkpoints: positions in the prompt where a later prompt may part ways, kept in the prefix cache besides
                 every `checkpoint_every`-th, the prompt's end and the output's.
             speculative: guess from what the text repeats and check several guesses in one pass. The output stays what
-                it is (see `speculative.py`); text that repeats itself comes faster.
+                it is (see `speculative.py`); text that repeats itself comes faster. An engine of a smaller model with
+                the same vocabulary makes the guesses instead.
         """
         sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         return Generation(self, self.encode(prompt), sampler, max_tokens=max_tokens,

@@ -12,7 +12,7 @@ from hybridlm.errors import HybridLMError
 
 __all__ = ["KV_TYPES", "PAGE", "KVType", "Layout", "product"]
 
-PAGE = 64  # tokens of a page
+PAGE = 128  # tokens of a page: enough in a row for the hardware to fetch, and for large pages of the system
 _MOST = 1 << 24  # of any number in a layout; a wider window is as good as none
 
 

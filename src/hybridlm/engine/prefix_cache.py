@@ -39,7 +39,7 @@ from hybridlm.atomic import atomic_write
 
 __all__ = ["Checkpoint", "PrefixCache", "Stats"]
 
-_MAGIC, _VERSION = b"hlmcache", 1
+_MAGIC, _VERSION = b"hlmcache", 2
 _PREFIX = struct.Struct("<8sIQ32s")  # magic, version, bytes of the index, sha256 of the index
 _MAX_INDEX = 1 << 30
 _LOOK = 512  # checkpoints looked at for one to evict, of more a sample: thousands would take longer than it saves

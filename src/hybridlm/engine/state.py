@@ -1,7 +1,7 @@
 """`State`: everything a model remembers of the tokens it has read, in main memory.
 
 It has two parts. Gated DeltaNet layers keep a matrix per head and the last few convolution inputs: of fixed size, and
-rewritten by every token. Attention layers keep the keys and values of every token, in pages of 64 tokens that are
+rewritten by every token. Attention layers keep the keys and values of every token, in pages of 128 tokens that are
 written once and from then on only read.
 
 So growing adds a page and moves nothing. A clone copies the fixed part and the last, unfinished page; full pages are
@@ -31,7 +31,7 @@ from hybridlm.errors import FormatError
 
 __all__ = ["Pages", "State", "Trial"]
 
-_MAGIC, _VERSION = b"hlmstate", 1
+_MAGIC, _VERSION = b"hlmstate", 2
 _PREFIX = struct.Struct("<8sII")  # magic, version, header bytes
 _MAX_HEADER = 1 << 28
 
