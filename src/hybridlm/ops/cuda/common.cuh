@@ -28,6 +28,13 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {  // zeros where not valid
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void load_matrix(u32* r, u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
 __device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
@@ -39,6 +46,17 @@ __device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b, u32 c, u3
 __device__ __forceinline__ uint4 load_shared16(u32 from) {
     uint4 r;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from)
+                 : "memory");
+    return r;
+}
+__device__ __forceinline__ float load_shared(u32 from) {
+    float r;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(from) : "memory");
+    return r;
+}
+__device__ __forceinline__ float4 load_shared_four(u32 from) {
+    float4 r;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w) : "r"(from)
                  : "memory");
     return r;
 }
@@ -85,3 +103,30 @@ __device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.
 template <int N> __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+
+// d [64, 64] = a [64, 16 STEPS] times a tile whose rows are columns of d, and plus d if `add`.
+template <int STEPS> __device__ __forceinline__ void product(float (&d)[32], const u32* a, u64 tile, bool add) {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i)
+        if (i > 0 || add) add_64(d, a + 4 * i, tile + i * (2 * GROUP >> 4));
+        else first_64(d, a, tile);
+}
+
+// -- tiles of a chunk -----------------------------------------------------------------------------------------------
+
+// 64 rows of COLUMNS bf16, `pitch` elements from row to row, into a tile; rows from `rows` on become zeros.
+template <int COLUMNS> __device__ __forceinline__ void bring(u32 tile, const bf16* from, long pitch, int rows,
+                                                             int thread) {
+    constexpr int GROUPS = COLUMNS / 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = thread / 4 + half * 32, group = thread % 4;
+        const bool valid = row < rows;
+        const bf16* at = from + (valid ? row * pitch : 0) + group * 8;
+        const u32 to = tile + group * GROUP + row * 16;
+#pragma unroll
+        for (int i = 0; i < GROUPS; i += 4)
+            if (GROUPS % 4 == 0 || i + group < GROUPS) copy16(to + i * GROUP, at + i * 8, valid);
+    }
+}
+

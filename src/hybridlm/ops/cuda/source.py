@@ -20,7 +20,7 @@ def _wgmma(name: str, width: int, transpose: bool, add: bool) -> str:
     left = ", ".join(f"%{count + i}" for i in range(4))
     operands = ", ".join(f'"{"+" if add else "="}f"(d[{i}])' for i in range(count))
     return f"""
-__device__ __forceinline__ void {name}(float (&d)[{count}], const u32* a, u64 b) {{
+__device__ __forceinline__ void {name}(float (&d)[{count}], const unsigned* a, unsigned long long b) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {int(add)}, 0;\\n"
                  "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {{{outputs}}}, {{{left}}}, %{count + 4}, "
                  "p, 1, 1, {int(transpose)};\\n}}"
@@ -35,4 +35,4 @@ def source(file: str, **constants: int) -> str:
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     wrappers = (_wgmma("first_64", 64, False, False) + _wgmma("add_64", 64, False, True)
                 + _wgmma("add_keys", constants["K"], True, True))
-    return defines + (_ROOM / "common.cuh").read_text() + wrappers + (_ROOM / file).read_text()
+    return defines + wrappers + (_ROOM / "common.cuh").read_text() + (_ROOM / file).read_text()
