@@ -24,12 +24,6 @@ constexpr int PITCH = 72;  // floats from row to row of L, which lies over k and
 constexpr int AT_T = 2 * KEY_TILE > CHUNK * PITCH * 4 ? 2 * KEY_TILE : CHUNK * PITCH * 4, AT_P = AT_T + TILE;
 constexpr int AT_GATES = AT_P + TILE;  // G, beta, r, t: 64 floats each
 
-__device__ __forceinline__ float exponential(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x * 1.4426950408889634f));
-    return r;
-}
-
 // x_i = e_i - sum over j < i of L_ij x_j, column FIRST + lane of T, into its tile in bf16.
 template <int FIRST> __device__ __forceinline__ void substitute(u32 lower, unsigned char* tile, int lane) {
     float x[CHUNK - FIRST];
@@ -98,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
         const int t = thread - 32;
         gates[64 + t] = t < rows ? s.beta[(first + t) * s.heads + head] : 0.f;
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_copies();
     fence_async();
     __syncthreads();
 

@@ -30,9 +30,10 @@ __device__ __forceinline__ void {name}(float (&d)[{count}], const unsigned* a, u
 """
 
 
-def source(file: str, **constants: int) -> str:
-    """The text of `file` with integer constants defined, ready for NVRTC or nvcc."""
+def source(*files: str, **constants: int) -> str:
+    """The text of `files` with integer constants defined, ready for NVRTC or nvcc."""
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    wrappers = (_wgmma("first_64", 64, False, False) + _wgmma("add_64", 64, False, True)
-                + _wgmma("add_keys", constants["K"], True, True))
-    return defines + wrappers + (_ROOM / "common.cuh").read_text() + (_ROOM / file).read_text()
+    wrappers = [_wgmma("first_64", 64, False, False), _wgmma("add_64", 64, False, True),
+                _wgmma("first_64_rows", 64, True, False), _wgmma("add_64_rows", 64, True, True),
+                _wgmma("add_keys", constants["K"], True, True)]
+    return defines + "".join([*wrappers, *((_ROOM / file).read_text() for file in ("ptx.cuh", "tiles.cuh", *files))])

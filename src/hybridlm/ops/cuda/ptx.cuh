@@ -1,17 +1,8 @@
-// Hopper building blocks of the gated delta rule kernels: bf16 conversion, shared-memory tiles, barriers, wgmma.
-//
-// No header is included, so NVRTC compiles this anywhere. A tile of R rows (tokens) by N columns of bf16 lies in
-// shared memory as columns of 8: element (r, n) at byte (n / 8) * GROUP + r * 16 + (n % 8) * 2, with
-// GROUP = R * 16 + 32. Eight rows of a column group are 128 bytes on end, which is the tensor cores' "core matrix"
-// without swizzle, whether rows are their n (K-major) or their k (MN-major): one tile serves S k and S^T k^T alike.
-// The extra 32 bytes keep neighbouring column groups in different banks.
+// The PTX that the kernels stand on, a function an instruction. Nothing is included, so NVRTC compiles this anywhere.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;  // the bits
-
-constexpr int CHUNK = 64;
-constexpr int GROUP = CHUNK * 16 + 32;  // bytes from one group of 8 columns to the next
 
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 r;
@@ -23,6 +14,12 @@ __device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+__device__ __forceinline__ float exponential(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x * 1.4426950408889634f));
+    return r;
+}
+
 // -- copies ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {  // zeros where not valid
@@ -31,11 +28,12 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {  
 __device__ __forceinline__ void copy4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void load_matrix(u32* r, u32 from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
 }
-__device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 from) {
+__device__ __forceinline__ void load_transposed(u32* r, u32 from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
 }
@@ -85,48 +83,16 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 
 // -- tensor cores ---------------------------------------------------------------------------------------------------
 
-// Descriptors of a B operand without swizzle, from the byte address of its first element.
-__device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32;
-}
-// Rows are n, columns are k: the next 16 of k lie 2 * GROUP further.
-__device__ __forceinline__ u64 by_columns(u32 address) {
-    return SWAP_COLUMNS ? descriptor(address, 128, GROUP) : descriptor(address, GROUP, 128);
-}
-// Rows are k, columns are n: the next 16 of k lie 256 bytes further.
-__device__ __forceinline__ u64 by_rows(u32 address) {
-    return SWAP_ROWS ? descriptor(address, GROUP, 128) : descriptor(address, 128, GROUP);
-}
-
 __device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// d [64, 64] = a [64, 16 STEPS] times a tile whose rows are columns of d, and plus d if `add`.
-template <int STEPS> __device__ __forceinline__ void product(float (&d)[32], const u32* a, u64 tile, bool add) {
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i)
-        if (i > 0 || add) add_64(d, a + 4 * i, tile + i * (2 * GROUP >> 4));
-        else first_64(d, a, tile);
+// Registers per thread of a whole warpgroup: given up to the block, or taken from what others gave up.
+template <int N> __device__ __forceinline__ void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
-
-// -- tiles of a chunk -----------------------------------------------------------------------------------------------
-
-// 64 rows of COLUMNS bf16, `pitch` elements from row to row, into a tile; rows from `rows` on become zeros.
-template <int COLUMNS> __device__ __forceinline__ void bring(u32 tile, const bf16* from, long pitch, int rows,
-                                                             int thread) {
-    constexpr int GROUPS = COLUMNS / 8;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = thread / 4 + half * 32, group = thread % 4;
-        const bool valid = row < rows;
-        const bf16* at = from + (valid ? row * pitch : 0) + group * 8;
-        const u32 to = tile + group * GROUP + row * 16;
-#pragma unroll
-        for (int i = 0; i < GROUPS; i += 4)
-            if (GROUPS % 4 == 0 || i + group < GROUPS) copy16(to + i * GROUP, at + i * 8, valid);
-    }
+template <int N> __device__ __forceinline__ void claim_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
-
