@@ -57,21 +57,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
     const int thread = threadIdx.x, warp = __shfl_sync(0xffffffff, thread / 32, 0), lane = thread % 32;
     long first;
     int rows;
-    if (s.bounds) {
-        if (chunk >= s.offsets[s.sequences]) return;
-        int low = 0, high = s.sequences;  // the sequence with offsets[n] <= chunk < offsets[n + 1]
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (s.offsets[middle] <= chunk) low = middle;
-            else high = middle;
-        }
-        first = s.bounds[low] + (chunk - s.offsets[low]) * CHUNK;
-        rows = min(CHUNK, int(s.bounds[low + 1] - first));
-    } else {
-        const int chunks = (s.time + CHUNK - 1) / CHUNK, n = chunk % chunks;
-        first = (long)(chunk / chunks) * s.time + n * CHUNK;
-        rows = min(CHUNK, s.time - n * CHUNK);
-    }
+    if (!locate(s.bounds, s.offsets, s.sequences, s.time, chunk, first, rows)) return;
     const long record = (long)chunk * s.heads + head;
     const long pitch = (long)s.key_heads * K, start = first * pitch + key_head * K;
     bring<K>(base, s.k + start, pitch, rows, thread);

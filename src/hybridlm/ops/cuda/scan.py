@@ -34,6 +34,15 @@ class _Prepare(ctypes.Structure):
                 ("scale", ctypes.c_float)]
 
 
+class _Gradient(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in
+                  ("q", "k", "v", "grad", "e", "w", "states", "dstates", "g", "factors", "carry", "bounds", "offsets",
+                   "dq", "dk", "dv", "dg", "dbeta")),
+                *((name, ctypes.c_int) for name in
+                  ("heads", "key_heads", "value_dim", "time", "sequences", "chunks", "normalise")),
+                ("scale", ctypes.c_float)]
+
+
 def supported(dtype: torch.dtype, key_dim: int, value_dim: int, device: torch.device) -> bool:
     """Whether these kernels take such inputs; others are for Triton."""
     return dtype == torch.bfloat16 and key_dim % 16 == 0 and 16 <= key_dim <= 128 and value_dim % 64 == 0 \
@@ -70,6 +79,13 @@ def _prepare_kernel(key_dim: int, device: int) -> Kernel:
     return load(source("prepare.cu", K=key_dim), "prepare", tiles + 1024)
 
 
+@cache
+def _gradient_kernel(key_dim: int, device: int) -> Kernel:
+    keys, square = key_dim // 8 * _GROUP, CHUNK // 8 * _GROUP
+    shared = 2 * (4 * square + 2 * keys) + (1 if key_dim > 96 else 2) * (2 * keys + 1824) + 3 * square + 6 * 256 + 64
+    return load(source("gradient.cu", K=key_dim), "gradient", shared)
+
+
 def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, prepared: tuple[Tensor, Tensor, Tensor, Tensor], *,
             bounds: Tensor | None, offsets: Tensor | None, time: int, sequences: int, normalise: bool) -> None:
     """Fill `prepared`: T and P [chunks, H, 64, 64] bfloat16, factors [chunks, H, 7, 64] and carry [chunks, H] float32."""
@@ -97,3 +113,15 @@ def scan(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[Tensor, ...], o: Tenso
                  time, split)
     blocks = rows * heads * (value_dim // (64 * width))
     _scan_kernel(key_dim, width, output, reverse, q.device.index)(blocks, (width + 1) * 128, call)
+
+
+def gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, e: Tensor, w: Tensor, states: Tensor, dstates: Tensor,
+             g: Tensor, factors: Tensor, carry: Tensor, out: tuple[Tensor, ...], *, bounds: Tensor | None,
+             offsets: Tensor | None, time: int, sequences: int, normalise: bool) -> None:
+    """Fill `out`: dq, dk [tokens, H, K] (per value head), dv, dg, dbeta."""
+    key_heads, key_dim = k.shape[-2:]
+    heads, value_dim = v.shape[-2:]
+    chunks = states.shape[0]
+    call = _Gradient(*map(_at, (q, k, v, grad, e, w, states, dstates, g, factors, carry, bounds, offsets, *out)), heads,
+                     key_heads, value_dim, time, sequences, chunks, int(normalise), key_dim**-0.5)
+    _gradient_kernel(key_dim, q.device.index)(min(chunks * heads, _MULTIPROCESSORS), 384, call)

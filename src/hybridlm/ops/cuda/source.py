@@ -13,19 +13,26 @@ __all__ = ["source"]
 _ROOM = Path(__file__).parent
 
 
-def _wgmma(name: str, width: int, transpose: bool, add: bool) -> str:
-    """d [64, width] = a [64, 16] b (`add`: +=), a in registers, b [16, width] in shared memory; `transpose`: rows are k."""
+def _wgmma(name: str, width: int, transpose: bool, add: bool, shared: bool = False) -> str:
+    """d [64, width] = a [64, 16] b (`add`: +=), b [16, width] in shared memory; `transpose`: its rows are k.
+
+    a is in registers or, `shared`, in shared memory with k along its rows.
+    """
     count = width // 2
     outputs = ", ".join(f"%{i}" for i in range(count))
-    left = ", ".join(f"%{count + i}" for i in range(4))
     operands = ", ".join(f'"{"+" if add else "="}f"(d[{i}])' for i in range(count))
+    if shared:
+        left, inputs, argument, transposes, b = f"%{count}", '"l"(a)', "unsigned long long a", "0, ", count + 1
+    else:
+        left = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+        inputs, argument, transposes, b = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])', "const unsigned* a", "", count + 4
     return f"""
-__device__ __forceinline__ void {name}(float (&d)[{count}], const unsigned* a, unsigned long long b) {{
+__device__ __forceinline__ void {name}(float (&d)[{count}], {argument}, unsigned long long b) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {int(add)}, 0;\\n"
-                 "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {{{outputs}}}, {{{left}}}, %{count + 4}, "
-                 "p, 1, 1, {int(transpose)};\\n}}"
+                 "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {{{outputs}}}, {left}, %{b}, "
+                 "p, 1, 1, {transposes}{int(transpose)};\\n}}"
                  : {operands}
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                 : {inputs}, "l"(b));
 }}
 """
 
@@ -35,5 +42,6 @@ def source(*files: str, **constants: int) -> str:
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     wrappers = [_wgmma("first_64", 64, False, False), _wgmma("add_64", 64, False, True),
                 _wgmma("first_64_rows", 64, True, False), _wgmma("add_64_rows", 64, True, True),
-                _wgmma("add_keys", constants["K"], True, True)]
+                _wgmma("add_keys", constants["K"], True, True), _wgmma("add_64_shared", 64, False, True, True),
+                _wgmma("add_keys_shared", constants["K"], True, True, True)]
     return defines + "".join([*wrappers, *((_ROOM / file).read_text() for file in ("ptx.cuh", "tiles.cuh", *files))])
