@@ -98,6 +98,7 @@ static void __syncthreads() { meet(block_meeting, threads_of_block); }
 static void __syncwarp() { warp_meet(); }
 static inline float __uint_as_float(u32 x) { float r; memcpy(&r, &x, 4); return r; }
 static inline u32 as_bits(float x) { u32 r; memcpy(&r, &x, 4); return r; }
+static inline u32 __float_as_uint(float x) { return as_bits(x); }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static u32 shuffle(u32 x, int from) {
@@ -128,6 +129,8 @@ static inline u32 rounded(float x) {
     return (b & 0x7fffffff) > 0x7f800000 ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
 static inline u32 pack(float low, float high) { return rounded(high) << 16 | rounded(low); }
+static inline u32 half_bits(float x) { _Float16 h = (_Float16)x; unsigned short r; memcpy(&r, &h, 2); return r; }
+static inline u32 pack_half(float low, float high) { return half_bits(high) << 16 | half_bits(low); }
 static inline float low(u32 x) { return __uint_as_float(x << 16); }
 static inline float high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
 static inline float widened(bf16 x) { return __uint_as_float((u32)x << 16); }
@@ -221,7 +224,8 @@ static void fragment(u32 (&r)[4], u64 a) {
     }
 }
 // d [64, WIDTH] (+)= a [64, 16] b: a warp has 16 rows of d and a.
-template <int WIDTH> static void wgmma(float* d, const u32* a, u64 b, bool rows_are_k, bool add) {
+static float as_half(u32 x) { unsigned short b = x; _Float16 h; memcpy(&h, &b, 2); return (float)h; }
+template <int WIDTH, bool HALF = false> static void wgmma(float* d, const u32* a, u64 b, bool rows_are_k, bool add) {
     Exchange& e = exchanges[threadIdx.x / 32];
     int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; ++i) e.lanes[lane][i] = a[i];
@@ -235,7 +239,8 @@ template <int WIDTH> static void wgmma(float* d, const u32* a, u64 b, bool rows_
             u32 at = start + n / 8 * stride + k / 8 * leading + (rows_are_k ? k % 8 * 16 + n % 8 * 2 : n % 8 * 16 + k % 8 * 2);
             bf16 x;
             memcpy(&x, memory + at, 2);
-            sum += (k % 2 ? high(pair) : low(pair)) * widened(x);
+            if (HALF) sum += as_half(k % 2 ? pair >> 16 : pair) * as_half(x);
+            else sum += (k % 2 ? high(pair) : low(pair)) * widened(x);
         }
         d[j] = add ? d[j] + sum : sum;
     }
@@ -243,7 +248,10 @@ template <int WIDTH> static void wgmma(float* d, const u32* a, u64 b, bool rows_
 }
 static void first_64(float (&d)[32], const u32* a, u64 b) { wgmma<64>(d, a, b, false, false); }
 static void add_64(float (&d)[32], const u32* a, u64 b) { wgmma<64>(d, a, b, false, true); }
-static void first_64_rows(float (&d)[32], const u32* a, u64 b) { wgmma<64>(d, a, b, true, false); }
+static void first_64_half(float (&d)[32], const u32* a, u64 b) { wgmma<64, true>(d, a, b, false, false); }
+static void add_64_half(float (&d)[32], const u32* a, u64 b) { wgmma<64, true>(d, a, b, false, true); }
+static void first_64_rows_half(float (&d)[32], const u32* a, u64 b) { wgmma<64, true>(d, a, b, true, false); }
+static void add_64_rows_half(float (&d)[32], const u32* a, u64 b) { wgmma<64, true>(d, a, b, true, true); }
 static void add_64_rows(float (&d)[32], const u32* a, u64 b) { wgmma<64>(d, a, b, true, true); }
 static void add_keys(float (&d)[K / 2], const u32* a, u64 b) { wgmma<K>(d, a, b, true, true); }
 static void add_64_shared(float (&d)[32], u64 a, u64 b) { u32 r[4]; fragment(r, a); wgmma<64>(d, r, b, false, true); }
