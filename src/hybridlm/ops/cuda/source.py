@@ -25,7 +25,8 @@ def _wgmma(name: str, width: int, *, rows: bool, add: bool, shared: bool = False
         left, inputs, argument, transposes, b = f"%{count}", '"l"(a)', "unsigned long long a", "0, ", count + 1
     else:
         left = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
-        inputs, argument, transposes, b = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])', "const unsigned* a", "", count + 4
+        inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+        argument, transposes, b = "const unsigned* a", "", count + 4
     return f"""
 __device__ __forceinline__ void {name}(float (&d)[{count}], {argument}, unsigned long long b) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {int(add)}, 0;\\n"
