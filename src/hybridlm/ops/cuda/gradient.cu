@@ -215,10 +215,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                 float dk[K / 2], es[K / 2], ev[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int j = 0; j < K / 2; ++j) dk[j] = es[j] = 0.f;
+                barrier_wait(full + slab % STAGES * 8, slab / STAGES & 1);
+                fence_async();
                 for (int v = 0; v < s.value_dim; v += 64, ++slab) {
                     const u32 from = base + slab % STAGES * STAGE;
-                    barrier_wait(full + slab % STAGES * 8, slab / STAGES & 1);
-                    fence_async();
                     mma_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
@@ -226,6 +226,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                         add_keys_shared(dk, by_columns(from + AT_W) + i * STEP, by_rows(from + AT_DS) + i * 16);
                     }
                     mma_commit();
+                    if (v + 64 < s.value_dim) {  // the fence waits for earlier stores: here, they are long done
+                        barrier_wait(full + (slab + 1) % STAGES * 8, (slab + 1) / STAGES & 1);
+                        fence_async();
+                    }
                     bf16* const dv = s.dv + first * pitch + (long)head * s.value_dim + v + thread % 8 * 8;
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {

@@ -110,7 +110,7 @@ def _scan_kernel(key_dim: int, width: int, output: bool, reverse: bool, device: 
 
 @cache
 def _prepare_kernel(key_dim: int, device: int) -> Kernel:
-    tiles = max(2 * key_dim // 8 * _GROUP, CHUNK * 72 * 4) + 2 * CHUNK // 8 * _GROUP
+    tiles = max(2 * key_dim // 8 * _GROUP, CHUNK * (68 + 64) * 4) + 2 * CHUNK // 8 * _GROUP
     return load(source("prepare.cu", K=key_dim), "prepare", tiles + 1024)
 
 

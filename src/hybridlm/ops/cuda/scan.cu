@@ -69,6 +69,7 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) scan(con
             const int key = j / 4 * 8 + w.pair + j % 2, column = w.value + j % 4 / 2 * 8;
             state_t[j] = s.initial ? s.initial[state + (long)key * s.value_dim + column] : 0.f;
         }
+        if (chunks) receive(full, 0);
         for (int n = 0; n < chunks; ++n) {
             const int stage = n % STAGES, c = REVERSE ? chunks - 1 - n : n;
             const u32 at = base + stage * STAGE;
@@ -80,12 +81,10 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) scan(con
 #pragma unroll
                 for (int i = 0; i < K / 4; ++i) to[i / 2 * 4 + i % 2 * 4 * K] = left[i];
             }
-            barrier_wait(full + stage * 8, n / STAGES & 1);
-            fence_async();
             const float decay = load_shared(at + AT_CARRY);
 #pragma unroll
             for (int j = 0; j < K / 2; ++j) state_t[j] *= decay;
-            step(state_t, left, at, w, o + (long)c * CHUNK * w.pitch, tokens - c * CHUNK);
+            step(state_t, left, at, w, o + (long)c * CHUNK * w.pitch, tokens - c * CHUNK, full, n + 1 < chunks ? n + 1 : -1);
             mma_wait<0>();
             __syncwarp();
             if (w.lane == 0) barrier_arrive(empty + stage * 8);
