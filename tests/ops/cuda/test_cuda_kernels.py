@@ -191,7 +191,7 @@ def test_fits_a_multiprocessor(monkeypatch, tmp_path, kernel, key):
     log = taken["log"]
     assert "serialized" not in log, log
     assert int(re.search(r"Used (\d+) registers", log)[1]) * threads <= BUDGET
-    assert int(re.search(r"(\d+) bytes spill stores", log)[1]) <= (160 if kind == "gradient" else 32), log
+    assert int(re.search(r"(\d+) bytes spill stores", log)[1]) <= 80, log  # by whoever brings tiles
     assert taken["shared"] <= (227 * 1024) // (4 if kind == "prepare" else 1)
 
 

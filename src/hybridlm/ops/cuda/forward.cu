@@ -21,10 +21,9 @@ __device__ __forceinline__ void product_half(float (&d)[32], const u32* a, u64 t
 }
 
 // One chunk: `state_t` comes already multiplied by d, `left` is S^T before that, in bf16; o is where the warp's first
-// value of the first token goes. Waits for the tiles of chunk `next`, if there is one, and
-// returns with the update of `state_t` under way.
+// value of the first token goes. Returns with the update of `state_t` under way.
 __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[K / 4], u32 at, const Place& w,
-                                     bf16* o, int rows, u32 full, int next) {
+                                     bf16* o, int rows) {
     float x[32], out[32];
     u32 values[16];
     mma_fence();
@@ -89,7 +88,6 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
 #pragma unroll
     for (int i = 0; i < 4; ++i) add_keys(state_t, decayed + 4 * i, writes + i * 16);
     mma_commit();
-    if (next >= 0) receive(full, next);
     mma_wait<1>();
     emit(OUTPUT ? out : x, at + w.corner, at + AT_V + w.own / 8 * GROUP, o, w.pitch, rows, w.lane);
 }

@@ -77,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
     if (!locate(s.bounds, s.offsets, s.sequences, s.time, chunk, first, rows)) return;
     const long record = (long)chunk * s.heads + head;
     const long pitch = (long)s.key_heads * K, start = first * pitch + key_head * K;
-    bring<K>(base, s.k + start, pitch, rows, thread);
-    bring<K>(base + KEY_TILE, s.q + start, pitch, rows, thread);
+    bring<K, 128>(base, s.k + start, pitch, rows, thread);
+    bring<K, 128>(base + KEY_TILE, s.q + start, pitch, rows, thread);
     if (warp == 0) {
         const int t0 = 2 * lane, t1 = t0 + 1;
         const float* g = s.g + first * s.heads + head;

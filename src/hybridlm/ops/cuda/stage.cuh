@@ -50,13 +50,6 @@ __device__ __forceinline__ void restore(float (&x)[32], const float (&down)[2]) 
     for (int i = 0; i < 32; ++i) x[i] *= down[i % 4 / 2];
 }
 
-// Wait for the tiles of the n-th chunk, and make them visible to the tensor cores. The fence waits for the thread's
-// earlier stores, so it belongs before the stores of o, one chunk ahead, when the last ones have long been done.
-__device__ __forceinline__ void receive(u32 full, int n) {
-    barrier_wait(full + n % STAGES * 8, n / STAGES & 1);
-    fence_async();
-}
-
 // A warp's [16 values, 64 tokens] of accumulators to memory, token by token, through its own part of the value tile.
 __device__ __forceinline__ void emit(const float (&x)[32], u32 corner, u32 column, bf16* to, long pitch, int rows,
                                      int lane) {
