@@ -140,14 +140,17 @@ static inline float exponential(float x) { return expf(x); }
 static void check(u32 address, int size) {
     if (address % size || address + size > sizeof memory) { fprintf(stderr, "bad shared address %u\n", address); abort(); }
 }
-static void copy16(u32 to, const void* from, bool valid) {
+static void fetch(u32 to, const void* from, int bytes, u32) {
     check(to, 16);
-    if (valid && (u64)from % 16) { fprintf(stderr, "unaligned copy\n"); abort(); }
-    if (valid) memcpy(memory + to, from, 16);
-    else memset(memory + to, 0, 16);
+    if ((u64)from % 16 || bytes % 16) { fprintf(stderr, "unaligned fetch\n"); abort(); }
+    memcpy(memory + to, from, bytes);
 }
-static void copy4(u32 to, const void* from) { check(to, 4); memcpy(memory + to, from, 4); }
-static void wait_copies() {}
+static void deliver(void* to, u32 from, int bytes) {
+    check(from, 16);
+    if ((u64)to % 16 || bytes % 16) { fprintf(stderr, "unaligned delivery\n"); abort(); }
+    memcpy(to, memory + from, bytes);
+}
+static void wait_delivered() {}
 
 // Each lane names a row of 16 bytes of matrix lane / 8; lane l then holds elements of row l / 4 (or column, transposed).
 static void matrices(u32* r, u32 from, bool transposed) {
@@ -195,6 +198,7 @@ template <typename T> static T from_shared(u32 from) {
 static uint4 load_shared16(u32 from) { return from_shared<uint4>(from); }
 static u32 load_shared4(u32 from) { return from_shared<u32>(from); }
 static void store_shared(u32 to, float x) { check(to, 4); memcpy(memory + to, &x, 4); }
+static void store_shared16(u32 to, uint4 x) { check(to, 16); memcpy(memory + to, &x, 16); }
 static float load_shared(u32 from) { return from_shared<float>(from); }
 static float4 load_shared_four(u32 from) { return from_shared<float4>(from); }
 static float2 load_shared_pair(u32 from) { return from_shared<float2>(from); }
@@ -205,7 +209,7 @@ static void barrier_arrive(u32 bar) {
     if (--s.pending == 0) s.pending = s.count, ++s.phase;
 }
 static void barrier_wait(u32 bar, u32 parity) { while ((signals.at(bar).phase & 1) == (int)parity) yield(); }
-static void barrier_arrive_copies(u32 bar) { barrier_arrive(bar); }
+static void barrier_expect(u32 bar, int) { barrier_arrive(bar); }
 template <int ID, int THREADS> static void rendezvous() { meet(meetings[ID], THREADS); }
 static void fence_async() {}
 static void mma_fence() {}

@@ -135,11 +135,11 @@ def test_a_reset_forgets_everything(emulated):
 def test_the_width_of_a_block_changes_no_bit(emulated):
     x, start = inputs(100, value=192)
     rows = launch.Rows.of(x[2], None)
-    prepared = launch.prepare(rows, x[0], x[1], x[3], x[4], True)
+    records = launch.prepare(rows, x[0], x[1], x[3], x[4], True)
     found = []
     for width in (1, 3):
         o, final = torch.empty_like(x[2]), torch.empty_like(start)
-        launch.scan(rows, *x[:3], prepared, o, initial=start, final=final, width=width)
+        launch.scan(rows, records, x[2], 96, o=o, initial=start, final=final, width=width)
         found.append((o, final))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

@@ -24,9 +24,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_st
     All contiguous; q, k, v bfloat16, g, beta and states float32, cu_seqlens int32.
     """
     rows = launch.Rows.of(v, cu_seqlens)
-    prepared = launch.prepare(rows, q, k, g, beta, norm)
+    records = launch.prepare(rows, q, k, g, beta, norm)
     o, final = torch.empty_like(v), g.new_empty(rows.sequences, v.shape[2], k.shape[3], v.shape[3])
-    launch.scan(rows, q, k, v, prepared, o, initial=initial_state, final=final)
+    launch.scan(rows, records, v, k.shape[3], o=o, initial=initial_state, final=final)
     return o, final
 
 
@@ -35,15 +35,14 @@ def backward(do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Ten
              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of q, k, v, g, beta and, where there is one, initial_state."""
     rows = launch.Rows.of(v, cu_seqlens)
-    heads, value_dim = v.shape[2:]
-    key_heads, key_dim = k.shape[2:]
-    prepared = launch.prepare(rows, q, k, g, beta, norm)
-    states, writes = q.new_empty(rows.chunks, heads, value_dim, key_dim), torch.empty_like(v)
-    launch.scan(rows, q, k, v, prepared, writes, initial=initial_state, states=states, output=False)
-    dstates, e = torch.empty_like(states), torch.empty_like(v)
+    heads, (key_heads, key_dim) = v.shape[2], k.shape[2:]
+    records = launch.prepare(rows, q, k, g, beta, norm)
+    states, writes = launch.new_states(rows, v, key_dim), launch.new_tiles(rows, v)
+    launch.scan(rows, records, v, key_dim, tiles=writes, initial=initial_state, states=states)
+    dstates, e = torch.empty_like(states), torch.empty_like(writes)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
-    launch.scan(rows, q, k, do, prepared, e, initial=dfinal, final=dinitial, states=dstates, reverse=True)
-    dq, dk, dv, dg, dbeta = launch.gradient(rows, q, k, v, do, e, writes, states, dstates, g, prepared, norm)
+    launch.scan(rows, records, do, key_dim, tiles=e, initial=dfinal, final=dinitial, states=dstates, reverse=True)
+    dq, dk, dv, dg, dbeta = launch.gradient(rows, records, v, do, e, writes, states, dstates, g, key_dim, norm)
     if heads != key_heads:
         dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, dg, dbeta, dinitial

@@ -1,10 +1,8 @@
 // The forward scan of the chunked gated delta rule: the state stays in registers from the first chunk to the last.
 //
 // A block carries S^T for one (sequence, head) and WARPGROUPS * 64 value columns, 64 rows of S^T to a warpgroup; a
-// further warpgroup brings tiles ahead (scan.cu). Besides the chunk's k, q, v [64, *] as they lie in memory it takes from
-// `prepare` T = (I + L)^-1, P, and per token the factors (r, t: 1 / |k| and scale / |q|)
-//
-//     b = beta    f = beta exp(G) r    i = exp(G) t    e = exp(G_C - G) r    and for the chunk d = exp(G_C)
+// further warpgroup brings tiles ahead (scan.cu): v as it lies in memory, all else as the chunk's record (tiles.cuh), whose
+// factors are b, f, i, e, with d = exp(G_C).
 //
 // A chunk is five products, each with its left factor in registers and its right one in shared memory:
 //
@@ -23,7 +21,7 @@ __device__ __forceinline__ void product_half(float (&d)[32], const u32* a, u64 t
 // One chunk: `state_t` comes already multiplied by d, `left` is S^T before that, in bf16; o is where the warp's first
 // value of the first token goes. Returns with the update of `state_t` under way.
 __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[K / 4], u32 at, const Place& w,
-                                     bf16* o, int rows) {
+                                     bf16* o, unsigned char* tile, int rows) {
     float x[32], out[32];
     u32 values[16];
     mma_fence();
@@ -38,7 +36,7 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         u32 v[4];
-        load_transposed(v, at + w.corner + i * 256);
+        load_transposed(v, at + w.corner + i * 16 * Values::PITCH);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int e = 8 * i + 2 * j;
@@ -89,5 +87,5 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
     for (int i = 0; i < 4; ++i) add_keys(state_t, decayed + 4 * i, writes + i * 16);
     mma_commit();
     mma_wait<1>();
-    emit(OUTPUT ? out : x, at + w.corner, at + AT_V + w.own / 8 * GROUP, o, w.pitch, rows, w.lane);
+    emit(OUTPUT ? out : x, at, w, o, tile, rows);
 }

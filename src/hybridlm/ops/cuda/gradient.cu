@@ -13,22 +13,24 @@
 // time, for one chunk and head after another. All rows here are tokens, all factors a row's own.
 
 struct Gradient {
-    const bf16 *q, *k, *v, *grad, *e, *w;    // [tokens, HK, K], [tokens, H, V]; grad is dO
-    const bf16 *states, *dstates;            // [chunks, H, V, K]
-    const float *g, *factors, *carry;        // [tokens, H], as `prepare` left them
+    const unsigned char* records;            // [chunks, H, RECORD]
+    const bf16 *v, *grad;                    // [tokens, H, V]; grad is dO
+    const unsigned char *e, *w;              // [chunks, H, V / 64, SQUARE]
+    const unsigned char *states, *dstates;   // [chunks, H, V / 64, KEY_TILE]
+    const float* g;                          // [tokens, H]
     const int *bounds, *offsets;
     bf16 *dq, *dk, *dv;                      // [tokens, H, K], [tokens, H, V]
     float *dg, *dbeta;                       // [tokens, H]
-    int heads, key_heads, value_dim, time, sequences, chunks, normalise;
+    int heads, value_dim, time, sequences, chunks, normalise;
     float scale;
 };
 
-constexpr int KEY_TILE = K / 8 * GROUP, SQUARE = CHUNK / 8 * GROUP;
-// a stage: 64 columns of dO, E, W and v, and 64 rows of S^T and dS'^T
-constexpr int AT_GRAD = 0, AT_E = SQUARE, AT_W = 2 * SQUARE, AT_V = 3 * SQUARE, AT_S = 4 * SQUARE,
+// a stage: 64 columns of dO, v, E and W, and 64 rows of S^T and dS'^T
+typedef Lines<64> Values;
+constexpr int AT_GRAD = 0, AT_V = Values::SIZE, AT_E = 2 * Values::SIZE, AT_W = AT_E + SQUARE, AT_S = AT_W + SQUARE,
               AT_DS = AT_S + KEY_TILE, STAGE = AT_DS + KEY_TILE, STAGES = 2;
-// a task, which is a chunk and head
-constexpr int AT_K = 0, AT_Q = KEY_TILE, AT_FACTORS = 2 * KEY_TILE, AT_CARRY = AT_FACTORS + 1792, TASK = AT_CARRY + 32,
+// a task, which is a chunk and head: k, q, and the record's factors
+constexpr int KEYS = 0, QUERIES = KEY_TILE, FACTORS = 2 * KEY_TILE, CARRY = FACTORS + 1792, TASK = CARRY + 32,
               TASKS = K > 96 ? 1 : 2;
 // then: dP^T, M and (b M)^T as tiles; sums by row: q.dq, E.v, dG, dbeta, k.[e (W dS'^T)], and <S, dS'> by warp
 constexpr int SCRATCH = STAGES * STAGE + TASKS * TASK, SUMS = SCRATCH + 3 * SQUARE, BARRIERS = SUMS + 6 * 256;
@@ -75,59 +77,50 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
     extern __shared__ __align__(128) unsigned char memory[];
     const u32 base = shared_address(memory);
     const u32 full = base + BARRIERS, empty = full + 8 * STAGES, task_full = empty + 8 * STAGES,
-              task_empty = task_full + 8 * TASKS, landed = task_empty + 8 * TASKS, task_landed = landed + 8 * STAGES;
+              task_empty = task_full + 8 * TASKS;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i)
-            barrier_init(landed + i * 8, BRINGERS), barrier_init(full + i * 8, 1), barrier_init(empty + i * 8, 8);
-        for (int i = 0; i < TASKS; ++i)
-            barrier_init(task_landed + i * 8, BRINGERS), barrier_init(task_full + i * 8, 1),
-                barrier_init(task_empty + i * 8, 8);
+        for (int i = 0; i < STAGES; ++i) barrier_init(full + i * 8, 32), barrier_init(empty + i * 8, 8);
+        for (int i = 0; i < TASKS; ++i) barrier_init(task_full + i * 8, 1), barrier_init(task_empty + i * 8, 8);
         fence_async();
     }
     __syncthreads();
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     const int warp = thread / 32, lane = thread % 32, row = warp * 16 + lane / 4, pair = lane % 4 * 2;
-    const long pitch = (long)s.heads * s.value_dim, key_pitch = (long)s.key_heads * K, out_pitch = (long)s.heads * K;
+    const long pitch = (long)s.heads * s.value_dim, out_pitch = (long)s.heads * K;
     int turn = 0, slab = 0;  // counts over all tasks
     if (group == 2) {
         release_registers<40>();
-        for (int task = blockIdx.x; task < s.chunks * s.heads; task += gridDim.x) {
+        for (int task = blockIdx.x; task < s.chunks * s.heads && thread < 32; task += gridDim.x) {
             const int head = task % s.heads, chunk = task / s.heads;
             long first;
             int rows;
             if (!locate(s.bounds, s.offsets, s.sequences, s.time, chunk, first, rows)) break;
-            if (thread == BRINGERS) {
-                pass_on(task_landed + turn % TASKS * 8, task_full + turn % TASKS * 8, turn / TASKS & 1);
-                for (int v = 0; v < s.value_dim; v += 64, ++slab)
-                    pass_on(landed + slab % STAGES * 8, full + slab % STAGES * 8, slab / STAGES & 1);
-                ++turn;
-            }
-            if (thread >= BRINGERS) continue;
-            const u32 at = base + STAGES * STAGE + turn % TASKS * TASK;
+            const u32 at = base + STAGES * STAGE + turn % TASKS * TASK, task_bar = task_full + turn % TASKS * 8;
+            const unsigned char* record = s.records + (long)task * RECORD;
             barrier_wait(task_empty + turn % TASKS * 8, (turn / TASKS & 1) ^ 1);
-            const long keys = first * key_pitch + head / (s.heads / s.key_heads) * K;
-            bring<K, BRINGERS>(at + AT_K, s.k + keys, key_pitch, rows, thread);
-            bring<K, BRINGERS>(at + AT_Q, s.q + keys, key_pitch, rows, thread);
-            for (int i = thread; i < 112; i += BRINGERS)
-                copy16(at + AT_FACTORS + i * 16, s.factors + (long)task * 448 + i * 4, true);
-            if (thread == BRINGERS - 1) copy4(at + AT_CARRY, s.carry + task);
-            barrier_arrive_copies(task_landed + turn % TASKS * 8);
+            if (lane == 0) {
+                barrier_expect(task_bar, 2 * KEY_TILE + 1824);
+                fetch(at + KEYS, record + AT_K, KEY_TILE, task_bar);
+                fetch(at + QUERIES, record + AT_Q, KEY_TILE, task_bar);
+                fetch(at + FACTORS, record + AT_FACTORS, 1824, task_bar);
+            }
             ++turn;
             for (int v = 0; v < s.value_dim; v += 64, ++slab) {
-                const u32 to = base + slab % STAGES * STAGE;
+                const u32 to = base + slab % STAGES * STAGE, bar = full + slab % STAGES * 8;
                 barrier_wait(empty + slab % STAGES * 8, (slab / STAGES & 1) ^ 1);
                 const long from = first * pitch + (long)head * s.value_dim + v;
-                const long state = ((long)task * s.value_dim + v) * K;
-                bring<64, BRINGERS>(to + AT_GRAD, s.grad + from, pitch, rows, thread);
-                bring<64, BRINGERS>(to + AT_E, s.e + from, pitch, rows, thread);
-                bring<64, BRINGERS>(to + AT_W, s.w + from, pitch, rows, thread);
-                bring<64, BRINGERS>(to + AT_V, s.v + from, pitch, rows, thread);
-                bring<K, BRINGERS>(to + AT_S, s.states + state, K, 64, thread);
-                bring<K, BRINGERS>(to + AT_DS, s.dstates + state, K, 64, thread);
-                barrier_arrive_copies(landed + slab % STAGES * 8);
+                const long tile = (long)task * (s.value_dim / 64) + v / 64;
+                Values::clear(to + AT_GRAD, rows, lane), Values::clear(to + AT_V, rows, lane);
+                barrier_expect(bar, 2 * Values::expected(rows, lane) + (lane == 0 ? 2 * (SQUARE + KEY_TILE) : 0));
+                if (lane == 0) {
+                    fetch(to + AT_E, s.e + tile * SQUARE, SQUARE, bar), fetch(to + AT_W, s.w + tile * SQUARE, SQUARE, bar);
+                    fetch(to + AT_S, s.states + tile * KEY_TILE, KEY_TILE, bar);
+                    fetch(to + AT_DS, s.dstates + tile * KEY_TILE, KEY_TILE, bar);
+                }
+                Values::bring(to + AT_GRAD, s.grad + from, pitch, rows, lane, bar);
+                Values::bring(to + AT_V, s.v + from, pitch, rows, lane, bar);
             }
         }
-        wait_copies();
     } else {
         claim_registers<232>();
         const u32 transposed = (warp * 2 + (lane / 8 & 1)) * GROUP + (lane / 16 * 8 + lane % 8) * 16;
@@ -138,8 +131,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
             long first;
             int rows;
             if (!locate(s.bounds, s.offsets, s.sequences, s.time, chunk, first, rows)) break;
-            const u32 at = base + STAGES * STAGE + turn % TASKS * TASK, factors = at + AT_FACTORS + row * 4;
-            const u32 k_corner = at + AT_K + row * 16 + pair * 2, q_corner = at + AT_Q + row * 16 + pair * 2;
+            const u32 at = base + STAGES * STAGE + turn % TASKS * TASK, factors = at + FACTORS + row * 4;
+            const u32 k_corner = at + KEYS + row * 16 + pair * 2, q_corner = at + QUERIES + row * 16 + pair * 2;
             barrier_wait(task_full + turn % TASKS * 8, turn / TASKS & 1);
             if (group == 0) {
                 float dq[K / 2], dp[32], m[32], kept = 0.f;
@@ -150,12 +143,17 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                 for (int v = 0; v < s.value_dim; v += 64, ++slab) {
                     const u32 from = base + slab % STAGES * STAGE;
                     barrier_wait(full + slab % STAGES * 8, slab / STAGES & 1);
-                    const u64 grad = by_columns(from + AT_GRAD), w = by_columns(from + AT_W);
+                    const u64 w = by_columns(from + AT_W);
+                    const u32 grads = from + AT_GRAD + (warp * 16 + lane / 8 % 2 * 8 + lane % 8) * Values::PITCH
+                                      + lane / 16 * 16;
+                    u32 grad[16];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) load_matrix(grad + 4 * i, grads + i * 32);
                     mma_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        add_keys_shared(dq, grad + i * STEP, by_rows(from + AT_S) + i * 16);
-                        add_64_shared(dp, grad + i * STEP, w + i * STEP);
+                        add_keys(dq, grad + 4 * i, by_rows(from + AT_S) + i * 16);
+                        add_64(dp, grad + 4 * i, w + i * STEP);
                         add_64_shared(m, by_columns(from + AT_E) + i * STEP, w + i * STEP);
                     }
                     mma_commit();
@@ -178,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
 #pragma unroll
                     for (int h = 0; h < 4; ++h) {
                         const int r = h % 2, j = 2 * i + h / 2, e = 4 * j + 2 * r, column = j * 8 + pair, line = row + r * 8;
-                        const u32 by_row = factors + r * 32, by_column = at + AT_FACTORS + column * 4;
+                        const u32 by_row = factors + r * 32, by_column = at + FACTORS + column * 4;
                         const float g = load_shared(by_row + 1024), rk = load_shared(by_row + 1280);
                         const float2 gc = load_shared_pair(by_column + 1024), rc = load_shared_pair(by_column + 1280);
                         const float t = load_shared(by_row + 1536), b = load_shared(by_row);
@@ -205,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                 }
                 mma_fence();
 #pragma unroll
-                for (int i = 0; i < 4; ++i) add_keys(dq, left + 4 * i, by_rows(at + AT_K) + i * 16);
+                for (int i = 0; i < 4; ++i) add_keys(dq, left + 4 * i, by_rows(at + KEYS) + i * 16);
                 mma_commit();
 #pragma unroll
                 for (int i = 1; i < 32; i *= 2) kept += __shfl_xor_sync(0xffffffff, kept, i);
@@ -240,8 +238,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                         const int line = thread / 8 + 16 * i;
                         const u32 piece = from + thread % 8 * GROUP + line * 16;
                         const uint4 x = load_shared16(piece + AT_E);
-                        ev[i] += dot16(x, load_shared16(piece + AT_V));
-                        const float b = load_shared(at + AT_FACTORS + line * 4);
+                        ev[i] += dot16(x, load_shared16(from + AT_V + line * Values::PITCH + thread % 8 * 16));
+                        const float b = load_shared(at + FACTORS + line * 4);
                         const uint4 y = {scaled(x.x, b), scaled(x.y, b), scaled(x.z, b), scaled(x.w, b)};
                         if (line < rows) *(uint4*)(dv + line * pitch) = y;
                     }
@@ -273,9 +271,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                 mma_fence();
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    add_keys_shared(es, by_columns(lower) + i * STEP, by_rows(at + AT_K) + i * 16);
-                    add_keys_shared(dk, by_columns(scores) + i * STEP, by_rows(at + AT_Q) + i * 16);
-                    add_keys_shared(dk, by_columns(upper) + i * STEP, by_rows(at + AT_K) + i * 16);
+                    add_keys_shared(es, by_columns(lower) + i * STEP, by_rows(at + KEYS) + i * 16);
+                    add_keys_shared(dk, by_columns(scores) + i * STEP, by_rows(at + QUERIES) + i * 16);
+                    add_keys_shared(dk, by_columns(upper) + i * STEP, by_rows(at + KEYS) + i * 16);
                 }
                 mma_commit();
                 mma_wait<0>();
@@ -312,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
 #pragma unroll
                     for (int i = 1; i < 32; i *= 2) last += __shfl_xor_sync(0xffffffff, last, i);
                     const float2 s01 = load_shared_pair(sums + 5 * 256), s23 = load_shared_pair(sums + 5 * 256 + 8);
-                    last += load_shared(at + AT_CARRY) * (s01.x + s01.y + s23.x + s23.y);
+                    last += load_shared(at + CARRY) * (s01.x + s01.y + s23.x + s23.y);
                     const float2 x = load_shared_pair(sums + 512 + lane * 8), db = load_shared_pair(sums + 768 + lane * 8);
                     float sum = x.x + x.y;
 #pragma unroll

@@ -1,4 +1,4 @@
-// What a chunk's writes do to each other, for all chunks at once: the tiles and scalars that the scan reads.
+// What a chunk's writes do to each other, for all chunks at once.
 //
 // A block of four warps takes one (chunk, head): two Gram products on the tensor cores, decays, then the unit lower
 // triangular inverse by forward substitution in float32, a column to a thread. With G the running sum of log decays,
@@ -6,25 +6,22 @@
 //
 //     L_ij = beta_i D_ij k_i.k_j r_i r_j (i > j)     T = (I + L)^-1     P_ij = scale D_ij q_i.k_j (i >= j)
 //
-// What leaves, per chunk and head: T in float16 (its entries are no larger than 2, and where
-// they alternate, bf16's rounding would cost a hundred times more than everything else) and P in bf16, row by row; the factors b = beta, f = beta exp(G) r,
-// i = exp(G) t, e = exp(G_C - G) r, then G, r and t = scale / |q|, 64 tokens each; and exp(G_C).
+// All that the scans read of k, q and the gates leaves as a record (tiles.cuh). T is in float16: its entries are no larger
+// than 2, and where they alternate, bf16's rounding would cost a hundred times more than everything else.
 
 struct Prepare {
     const bf16 *q, *k;              // [tokens, HK, K]
     const float *g, *beta;          // [tokens, H]
     const int *bounds, *offsets;    // [sequences + 1]: first token and first chunk of each; null: `time` tokens each
-    bf16 *inverse, *scores;         // [chunks, H, 64, 64]
-    float *factors, *carry;         // [chunks, H, 7, 64], [chunks, H]
+    unsigned char* records;         // [chunks, H, RECORD]
     int heads, key_heads, time, sequences, normalise;
     float scale;
 };
 
-constexpr int TILE = CHUNK / 8 * GROUP, KEY_TILE = K / 8 * GROUP;
 constexpr int PITCH = 68;  // floats from row to row of L transposed, which lies over k and q once they are multiplied
 constexpr int AT_SOLVED = CHUNK * PITCH * 4, SCRATCH = AT_SOLVED + CHUNK * CHUNK * 4;
-constexpr int AT_T = 2 * KEY_TILE > SCRATCH ? 2 * KEY_TILE : SCRATCH, AT_P = AT_T + TILE;
-constexpr int AT_GATES = AT_P + TILE;  // G, beta, r, t: 64 floats each
+constexpr int AT_T = 2 * KEY_TILE > SCRATCH ? 2 * KEY_TILE : SCRATCH, AT_P = AT_T + SQUARE;
+constexpr int AT_GATES = AT_P + SQUARE;  // G, beta, r, t: 64 floats each
 
 // x_i = e_i - sum over j < i of L_ij x_j: a column of T in blocks of 16 rows, from `block` on, where its 1 stands or
 // above. `lower` is L transposed, `solved` [64, 64] keeps what is known of x. The loops stay loops: unrolled, 2,000
@@ -66,6 +63,24 @@ __device__ __forceinline__ void substitute(u32 lower, u32 solved, unsigned char*
     }
 }
 
+// 64 rows of k or q to their tile; rows from `rows` on become zeros.
+__device__ __forceinline__ void bring(u32 tile, const bf16* from, long pitch, int rows, int thread) {
+    constexpr int GROUPS = K / 8, EACH = (GROUPS + 3) / 4;
+    uint4 x[2 * EACH];
+    const int group = thread % 4;
+#pragma unroll
+    for (int i = 0; i < 2 * EACH; ++i) {
+        const int row = thread / 4 + i / EACH * 32, column = group + i % EACH * 4;
+        x[i] = uint4{0, 0, 0, 0};
+        if (row < rows && column < GROUPS) x[i] = *(const uint4*)(from + row * pitch + column * 8);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * EACH; ++i) {
+        const int row = thread / 4 + i / EACH * 32, column = group + i % EACH * 4;
+        if (column < GROUPS) store_shared16(tile + column * GROUP + row * 16, x[i]);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_constant__ Prepare s) {
     extern __shared__ __align__(128) unsigned char memory[];
     const u32 base = shared_address(memory);
@@ -75,10 +90,10 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
     long first;
     int rows;
     if (!locate(s.bounds, s.offsets, s.sequences, s.time, chunk, first, rows)) return;
-    const long record = (long)chunk * s.heads + head;
+    unsigned char* const record = s.records + ((long)chunk * s.heads + head) * RECORD;
     const long pitch = (long)s.key_heads * K, start = first * pitch + key_head * K;
-    bring<K, 128>(base, s.k + start, pitch, rows, thread);
-    bring<K, 128>(base + KEY_TILE, s.q + start, pitch, rows, thread);
+    bring(base, s.k + start, pitch, rows, thread);
+    bring(base + KEY_TILE, s.q + start, pitch, rows, thread);
     if (warp == 0) {
         const int t0 = 2 * lane, t1 = t0 + 1;
         const float* g = s.g + first * s.heads + head;
@@ -95,9 +110,9 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
         const int t = thread - 32;
         gates[64 + t] = t < rows ? s.beta[(first + t) * s.heads + head] : 0.f;
     }
-    wait_copies();
     fence_async();
     __syncthreads();
+    if (thread == 0) deliver(record + AT_K, base, KEY_TILE), deliver(record + AT_Q, base + KEY_TILE, KEY_TILE);
 
     // Gram products: each warp's 16 rows of k and q against all k
     float kk[32], qk[32];
@@ -128,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
         gates[128 + thread] = (s.normalise ? rsqrtf(sum + 1e-6f) : 1.f) * (thread < 64 ? 1.f : s.scale);
     }
     mma_wait<0>();
+    if (thread == 0) wait_delivered();  // L will lie where k and q do
     __syncthreads();
 
     // L to shared memory, P to the record
@@ -154,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
             const int t = thread;
             const float g = gates[t], last = gates[63], into = exponential(g);
             const float k = t < rows ? gates[128 + t] : 0.f, q = t < rows ? gates[192 + t] : 0.f;
-            float* const to = s.factors + record * 448 + t;
+            float* const to = (float*)(record + AT_FACTORS) + t;
             to[0] = gates[64 + t];
             to[64] = gates[64 + t] * into * k;
             to[128] = into * q;
@@ -162,19 +178,19 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
             to[256] = g;
             to[320] = k;
             to[384] = q;
-            if (t == 63) s.carry[record] = into;
+            if (t == 63) *(float*)(record + AT_CARRY) = into;
         }
     }
     __syncthreads();
 
     // Forward substitution, a column to a thread, takes two of the four warps; which two goes round with the blocks,
-    // so that all four schedulers of the multiprocessor get their share. The others send P off.
+    // so that all four schedulers of the multiprocessor get their share.
     const int turn = (warp + blockIdx.x) % 4;
     if (turn < 2) substitute(base, base + AT_SOLVED, memory + AT_T, turn * 32 + lane, turn * 2);
-    else
-        for (int i = (turn - 2) * 32 + lane; i < 512; i += 64)
-            ((uint4*)(s.scores + record * 4096))[i] = load_shared16(base + AT_P + i % 8 * GROUP + i / 8 * 16);
+    fence_async();
     __syncthreads();
-    for (int i = thread; i < 512; i += 128)
-        ((uint4*)(s.inverse + record * 4096))[i] = load_shared16(base + AT_T + i % 8 * GROUP + i / 8 * 16);
+    if (thread == 0) {
+        deliver(record + AT_INVERSE, base + AT_T, SQUARE), deliver(record + AT_SCORES, base + AT_P, SQUARE);
+        wait_delivered();
+    }
 }

@@ -9,7 +9,7 @@
 // dX leaves by token where o does in the forward scan, dS' by chunk where S does.
 
 __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[K / 4], u32 at, const Place& w,
-                                     bf16* o, int rows) {
+                                     bf16* o, unsigned char* tile, int rows) {
     float x[32];
     u32 grads[16], values[16];
     const u64 keys = by_rows(at), queries = by_rows(at + AT_Q);
@@ -17,7 +17,7 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
     product<K / 16>(x, left, by_columns(at), false);
     mma_commit();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load_transposed(grads + 4 * i, at + w.corner + i * 256);
+    for (int i = 0; i < 4; ++i) load_transposed(grads + 4 * i, at + w.corner + i * 16 * Values::PITCH);
     mma_wait<0>();
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -61,5 +61,5 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
 #pragma unroll
     for (int i = 0; i < 4; ++i) add_keys(state_t, values + 4 * i, keys + i * 16);
     mma_commit();
-    emit(x, at + w.corner, at + AT_V + w.own / 8 * GROUP, o, w.pitch, rows, w.lane);
+    emit(x, at, w, o, tile, rows);
 }

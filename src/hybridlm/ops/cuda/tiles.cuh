@@ -29,33 +29,32 @@ template <int STEPS> __device__ __forceinline__ void product(float (&d)[32], con
         else first_64(d, a, tile);
 }
 
-// 64 rows of COLUMNS bf16, `pitch` elements from row to row, into a tile by THREADS threads; rows from `rows` on become
-// zeros.
-template <int COLUMNS, int THREADS> __device__ __forceinline__ void bring(u32 tile, const bf16* from, long pitch, int rows,
-                                                                          int thread) {
-    constexpr int GROUPS = COLUMNS / 8, LINES = THREADS / 4;
-    const int group = thread % 4;
-#pragma unroll 1  // whoever brings has few registers
-    for (int row = thread / 4; row < CHUNK; row += LINES) {
-        const bool valid = row < rows;
-        const bf16* at = from + (valid ? row * pitch : 0) + group * 8;
-        const u32 to = tile + group * GROUP + row * 16;
-#pragma unroll
-        for (int j = 0; j < GROUPS; j += 4)
-            if (GROUPS % 4 == 0 || j + group < GROUPS) copy16(to + j * GROUP, at + j * 8, valid);
+// A record is what `prepare` leaves of a chunk and head: tiles as they lie in shared memory, fetched as one stretch.
+//
+//     k | T (float16) | factors [7, 64] float32 and exp(G_C) | q | P
+//
+// Factors by token, with r = 1 / |k| and t = scale / |q|: b = beta, f = beta exp(G) r, i = exp(G) t, e = exp(G_C - G) r,
+// then G, r and t. Who needs no q and P stops before them.
+constexpr int KEY_TILE = K / 8 * GROUP, SQUARE = CHUNK / 8 * GROUP;
+constexpr int AT_K = 0, AT_INVERSE = KEY_TILE, AT_FACTORS = AT_INVERSE + SQUARE, AT_CARRY = AT_FACTORS + 1792,
+              AT_Q = AT_CARRY + 32, AT_SCORES = AT_Q + KEY_TILE, RECORD = AT_SCORES + SQUARE;
+
+// 64 rows of COLUMNS bf16 as they lie in memory, each BYTES long and PITCH apart here, fetched by a warp; rows from
+// `rows` on become zeros. First the lane says how much it will fetch.
+template <int COLUMNS> struct Lines {
+    static constexpr int BYTES = COLUMNS * 2, PITCH = BYTES + 16, SIZE = CHUNK * PITCH;
+    static __device__ __forceinline__ int expected(int rows, int lane) {
+        return ((lane < rows) + (lane + 32 < rows)) * BYTES;
     }
-}
-
-// Tiles are brought by 96 threads of a warpgroup, with copies of the ordinary kind. Before the tensor cores may read
-// what those wrote, a fence is due that waits for all earlier stores of the thread it is in. The fourth warp, which
-// stores nothing, stands for everybody: it passes on what has `landed` as `full`.
-constexpr int BRINGERS = 96;
-
-__device__ __forceinline__ void pass_on(u32 landed, u32 full, u32 parity) {
-    barrier_wait(landed, parity);
-    fence_async();
-    barrier_arrive(full);
-}
+    static __device__ __forceinline__ void clear(u32 to, int rows, int lane) {
+        for (int row = lane; row < CHUNK; row += 32)
+            if (row >= rows)
+                for (int i = 0; i < BYTES; i += 16) store_shared16(to + row * PITCH + i, uint4{0, 0, 0, 0});
+    }
+    static __device__ __forceinline__ void bring(u32 to, const bf16* from, long pitch, int rows, int lane, u32 bar) {
+        for (int row = lane; row < min(CHUNK, rows); row += 32) fetch(to + row * PITCH, from + row * pitch, BYTES, bar);
+    }
+};
 
 // The tokens of a chunk, counted through all sequences: its first one and how many; false for a chunk nobody has.
 __device__ __forceinline__ bool locate(const int* bounds, const int* offsets, int sequences, int time, int chunk,
