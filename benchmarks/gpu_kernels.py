@@ -67,6 +67,28 @@ def eager(*x: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tens
     return chunk_gated_delta_rule(*x, initial_state=initial_state, chunk_size=64)
 
 
+class Portable(torch.autograd.Function):
+    """The Triton kernels, which run on more than the GPUs that the operator has CUDA kernels for."""
+
+    @staticmethod
+    def forward(ctx, *x: Tensor) -> tuple[Tensor, Tensor]:
+        from hybridlm.ops.triton import delta_rule
+
+        ctx.save_for_backward(*x)
+        return delta_rule.forward(*x)
+
+    @staticmethod
+    def backward(ctx, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        from hybridlm.ops.triton import delta_rule
+
+        grads = delta_rule.backward(do.contiguous(), dstate.contiguous(), *ctx.saved_tensors)
+        return grads[:len(ctx.saved_tensors)]
+
+
+def portable(*x: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return Portable.apply(*x, *(() if initial_state is None else (initial_state,)))
+
+
 def peer() -> tuple[Rule | None, str]:
     """fla's rule, and what must be said of its gradients."""
     if importlib.util.find_spec("fla") is None:
@@ -217,7 +239,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=["errors", "forward", "backward"])
     args = parser.parse_args()
     fla, note = peer()
-    rules: dict[str, Rule] = {"hybridlm": ours}
+    rules: dict[str, Rule] = {"hybridlm": ours, "hybridlm, Triton alone": portable}
     if fla is not None:
         rules[f"fla ({note})" if note else "fla"] = fla
     rules["pytorch"] = eager
