@@ -36,8 +36,8 @@ class _Prepare(ctypes.Structure):
 
 class _Gradient(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_void_p) for name in
-                  ("records", "v", "grad", "e", "w", "states", "dstates", "g", "bounds", "offsets", "dq", "dk", "dv", "dg",
-                   "dbeta")),
+                  ("records", "v", "grad", "e", "w", "states", "dstates", "g", "bounds", "offsets", "dq", "dk", "dv",
+                   "dg", "dbeta")),
                 *((name, ctypes.c_int) for name in
                   ("heads", "value_dim", "time", "sequences", "chunks", "normalise")),
                 ("scale", ctypes.c_float)]
