@@ -1,0 +1,1 @@
+"""Triton kernels behind `hybridlm.ops`, each file a formula of `hybridlm.ops.reference` with its gradient."""
