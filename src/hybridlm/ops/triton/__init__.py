@@ -1,1 +1,1 @@
-"""Triton kernels behind `hybridlm.ops`, each file a formula of `hybridlm.ops.reference` with its gradient."""
+"""The operations as Triton kernels for NVIDIA GPUs. Nothing here is imported until a CUDA tensor asks for it."""
