@@ -67,8 +67,10 @@ def block_mask(first: Tensor) -> BlockMask:
     whole = (before & (start >= high))[:, None]
     some = ((start[None, :] <= start[:, None]) & (start + BLOCK > low))[:, None] & ~whole
 
+    shared = first[0]
+
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= first[b, query])
+        return (key <= query) & (key >= (shared[query] if first.shape[0] == 1 else first[b, query]))
 
     return BlockMask.from_kv_blocks(*_listed(some), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible,
                                     seq_lengths=(time, time))
@@ -76,4 +78,4 @@ def block_mask(first: Tensor) -> BlockMask:
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks [B, 1, Q] a row of blocks has, and which [B, 1, Q, K], those first."""
-    return blocks.sum(-1).int(), blocks.int().argsort(-1, descending=True, stable=True).int()
+    return blocks.sum(-1).int(), torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()
