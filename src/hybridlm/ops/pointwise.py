@@ -45,8 +45,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(gate) * up, [..., F] of [..., 2 F] that holds gate and up side by side."""
     if on_triton(gate_up):
         return swiglu_kernel.swiglu(gate_up)
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return reference.swiglu(gate_up)
 
 
 def short_convolutions(x: Tensor, weights: list[Tensor], state: Tensor | None = None,
