@@ -4,6 +4,7 @@ x [B, T, C] holds the groups side by side (q | k | v of a layer, as one projecti
 tensor of its own, so that what follows reads and writes it whole, and the gradient goes back into one tensor. A tile
 of forward is a stretch of time by a block of channels; its shifted neighbours come out of the cache. Backward walks
 through time with the last rows in registers and computes the values before SiLU again, so nothing but x is kept.
+Programs that run at the same time stand side by side along the channels, so that memory is read a whole row at a time.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def convolution_forward_kernel(x_ptr, weight_ptr, state_ptr, doc_ptr, y_ptr, T, 
                                state_stride, C: tl.constexpr, W: tl.constexpr, TIME: tl.constexpr,
                                CHANNELS: tl.constexpr, STATE: tl.constexpr, DOCS: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * TIME + tl.arange(0, TIME)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    t = tl.program_id(1) * TIME + tl.arange(0, TIME)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     x_ptr += batch * x_batch
     state_ptr += batch * state_batch
     doc_ptr += batch * T
@@ -89,8 +90,8 @@ def convolution_backward_kernel(dy_ptr, x_ptr, weight_ptr, state_ptr, doc_ptr, d
                                 x_stride, dx_batch, dx_stride, state_batch, state_stride, C: tl.constexpr,
                                 W: tl.constexpr, CHANNELS: tl.constexpr, STATE: tl.constexpr, DOCS: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0) * SPAN
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    first = tl.program_id(1) * SPAN
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < C
     x_ptr += batch * x_batch + first.to(tl.int64) * x_stride + channel
     dy_ptr += (batch * T + first) * C + channel
@@ -155,7 +156,7 @@ def convolution_backward_kernel(dy_ptr, x_ptr, weight_ptr, state_ptr, doc_ptr, d
                 d3 = d2
                 d2 = d1
                 d1 = d0
-    dw_ptr += ((batch * tl.num_programs(0) + tl.program_id(0)) * C + channel) * W
+    dw_ptr += ((batch * tl.num_programs(1) + tl.program_id(1)) * C + channel) * W
     tl.store(dw_ptr + W - 1, g3, real)
     tl.store(dw_ptr + W - 2, g2, real & (W > 1))
     tl.store(dw_ptr + W - 3, g1, real & (W > 2))
@@ -167,7 +168,7 @@ def _forward(x: Tensor, weight: Tensor, state: Tensor | None, documents: Tensor 
     y = torch.empty(batch, time, channels, dtype=x.dtype, device=x.device)
     before = x if state is None else state
     if y.numel():
-        grid = (triton.cdiv(time, TIME), triton.cdiv(channels, CHANNELS), batch)
+        grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(time, TIME), batch)
         convolution_forward_kernel[grid](
             x, weight.contiguous(), before, x if documents is None else documents, y, time, x.stride(0), x.stride(1),
             before.stride(0), before.stride(1), C=channels, W=weight.shape[1], TIME=TIME, CHANNELS=CHANNELS,
@@ -181,8 +182,8 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, state: Tensor | None, docum
     batch, time, channels = x.shape
     before = x if state is None else state
     span = min(256, max(32, triton.next_power_of_2(batch * time // 512)))
-    grid = (triton.cdiv(time, span), triton.cdiv(channels, BACK_CHANNELS), batch)
-    dw = torch.empty(grid[0] * batch, *weight.shape, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(channels, BACK_CHANNELS), triton.cdiv(time, span), batch)
+    dw = torch.empty(grid[1] * batch, *weight.shape, dtype=torch.float32, device=x.device)
     if dy.numel():
         convolution_backward_kernel[grid](
             dy.contiguous(), x, weight.contiguous(), before, x if documents is None else documents, dx, dw, time, span,
