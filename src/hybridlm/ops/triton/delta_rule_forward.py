@@ -78,9 +78,9 @@ def unit_lower_inverse(lower, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, carry, time, sequences, scale,
-                   H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-                   NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr):
+def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores, factors, carry, time, sequences,
+                   scale, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+                   NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     """T and P of one chunk and value head, and its factors per token: beta, beta exp(G) |k|^-1, s exp(G) |q|^-1 and
     exp(G_C - G) |k|^-1, then G, |k|^-1 and s |q|^-1; `carry` is exp(G_C)."""
     head = tl.program_id(0)
@@ -111,8 +111,7 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
     gram = tl.dot(ka, tl.trans(ka), input_precision=EXACT)
     pairs = tl.dot(qa, tl.trans(ka), input_precision=EXACT)
     if NORM:
-        lk = tl.sum(ka.to(tl.float32) * ka.to(tl.float32), 1)
-        lq = tl.sum(qa.to(tl.float32) * qa.to(tl.float32), 1)
+        squares = tl.dot(qa, tl.trans(qa), input_precision=EXACT)
     if KB > 0:
         cb = KA + tl.arange(0, KB)
         kb = tl.load(k + at[:, None] + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
@@ -120,16 +119,18 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
         gram = tl.dot(kb, tl.trans(kb), gram, input_precision=EXACT)
         pairs = tl.dot(qb, tl.trans(kb), pairs, input_precision=EXACT)
         if NORM:
-            lk += tl.sum(kb.to(tl.float32) * kb.to(tl.float32), 1)
-            lq += tl.sum(qb.to(tl.float32) * qb.to(tl.float32), 1)
+            squares = tl.dot(qb, tl.trans(qb), squares, input_precision=EXACT)
     if NORM:
-        lk, lq = tl.rsqrt(lk + 1e-6), tl.rsqrt(lq + 1e-6) * scale
+        same = r[:, None] == r[None, :]
+        lk = tl.rsqrt(tl.sum(tl.where(same, gram, 0.0), 1) + 1e-6)
+        lq = tl.rsqrt(tl.sum(tl.where(same, squares, 0.0), 1) + 1e-6) * scale
     else:
         lk, lq = tl.full((64,), 1.0, tl.float32), tl.full((64,), 1.0, tl.float32) * scale
 
     decay = tl.cumsum(tl.maximum(tl.load(g + gates, mask=here, other=0.0), FLOOR), 0)
     total = tl.sum(tl.where(r == 63, decay, 0.0), 0)
-    b = tl.load(beta + gates, mask=here, other=0.0)
+    # At least 1e-15, which changes nothing but that the backward pass may divide by its square.
+    b = tl.where(here, tl.maximum(tl.load(beta + gates, mask=here, other=0.0), 1e-15), 0.0)
     out = (chunk * H + head).to(tl.int64)
     tl.store(carry + out, tl.exp(total))
     into = tl.exp(decay)
@@ -146,14 +147,17 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
     tile = out * 4096 + r[:, None] * 64 + r[None, :]
     tl.store(scores + tile, tl.where(seen, pairs * d * lq[:, None], 0.0).to(narrow))
     lower = tl.where(r[:, None] > r[None, :], gram * d * (b * lk)[:, None], 0.0)
-    tl.store(inverse + tile, unit_lower_inverse(lower, PRECISION).to(narrow))
+    t = unit_lower_inverse(lower, PRECISION)
+    tl.store(inverse + tile, t.to(narrow))
+    if SPLIT:
+        tl.store(rest_inverse + tile, (t - t.to(narrow).to(tl.float32)).to(narrow))
 
 
 @triton.jit
-def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes, final, time,
-                sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr,
-                KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-                STATES: tl.constexpr, VARLEN: tl.constexpr):
+def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes,
+                final, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+                STATES: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
     OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w,
@@ -222,6 +226,8 @@ def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initi
             read = tl.dot(nb, tl.trans(kb), read, input_precision=EXACT)
         x = x.to(tl.float32) * b[None, :] - read * bk[None, :]
         w = tl.dot(x.to(narrow), tl.trans(t), input_precision=EXACT)
+        if SPLIT:
+            w = tl.dot(x.to(narrow), tl.trans(tl.load(rest_inverse + index * 4096 + tile)), w, input_precision=EXACT)
         if STATES:
             tl.store(writes + (token * H + head) * V + values, w.to(narrow), mask=here[None, :] & inside[:, None])
         nw = (w * rest[None, :]).to(narrow)
