@@ -56,7 +56,7 @@ def short_convolutions(x: Tensor, weights: list[Tensor], state: Tensor | None = 
     state after x.
     """
     past = weights[0].shape[1] - 1
-    if on_triton(x):
+    if on_triton(x) and past < 4:
         if state is None:
             state = x.new_zeros(x.shape[0], past, x.shape[2]) if x.shape[1] < past else x[:, :0]
             outputs = convolution.short_convolution(x, weights, None, documents)
