@@ -13,8 +13,9 @@ from hybridlm.ops import reference
 from hybridlm.ops.dispatch import HAVE_TRITON, on_triton
 
 if HAVE_TRITON:
-    from hybridlm.ops.triton import convolution, gated_norm, swiglu as swiglu_kernel
+    from hybridlm.ops.triton import convolution, gated_norm
     from hybridlm.ops.triton import rms_norm as rms_norm_kernels
+    from hybridlm.ops.triton import swiglu as swiglu_kernel
 
 __all__ = ["add_rms_norm", "gated_rms_norm", "projections", "rms_norm", "short_convolutions", "swiglu"]
 
