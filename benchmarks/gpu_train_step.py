@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -181,7 +182,7 @@ def main() -> None:
     for what in o.what:
         {"mfu": mfu, "twin": twin, "peer": peer, "memory": memory}[what](o.repeat)
     if o.json:
-        with open(o.json, "a", encoding="utf-8") as out:
+        with Path(o.json).open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in LINES)
 
 

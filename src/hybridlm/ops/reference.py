@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["apply_rope", "attention", "causal_mask", "cross_entropy", "documents_of", "gated_delta_rule",
-           "gated_rms_norm", "l2_norm", "positions_of", "rms_norm", "rope_tables", "short_convolution", "swiglu", "widen"]
+           "gated_rms_norm", "l2_norm", "positions_of", "rms_norm", "rope_tables", "short_convolution", "swiglu",
+           "widen"]
 
 
 def widen(x: Tensor) -> Tensor:
