@@ -1,6 +1,7 @@
 """What surrounds the matrix products of a layer: norms, SwiGLU, short convolutions, and products of several matrices.
 
-On CUDA these are Triton kernels with their gradients, else the formulas of `reference`.
+On CUDA these are Triton kernels with their gradients, else the formulas of `reference`. In compiled code the plain norm
+is a formula too: the compiler fuses it with the addition or the rotation next to it, and is as fast.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["add_rms_norm", "gated_rms_norm", "projections", "rms_norm", "short_c
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
-    if on_triton(x):
+    if on_triton(x) and not torch.compiler.is_compiling():
         return rms_norm_kernels.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 

@@ -64,13 +64,13 @@ def kernels():
         flags = {"C": 1536, "W": 4, "STATE": state, "DOCS": docs}
         yield (convolution.convolution_forward_kernel,
                {"x_ptr": BF16, "weight_ptr": FP32, "state_ptr": BF16, "doc_ptr": "*i64", "y_ptr": BF16, "T": INT,
-                "x_batch": LONG, "x_stride": INT, "state_batch": INT, "state_stride": INT},
-               {**flags, "TIME": convolution.TIME, "CHANNELS": convolution.CHANNELS}, 4, 168)
+                "SPAN": INT, "x_batch": LONG, "x_stride": INT, "state_batch": INT, "state_stride": INT},
+               {**flags, "CHANNELS": convolution.CHANNELS}, 1, 144)
         yield (convolution.convolution_backward_kernel,
                {"dy_ptr": BF16, "x_ptr": BF16, "weight_ptr": FP32, "state_ptr": BF16, "doc_ptr": "*i64",
                 "dx_ptr": BF16, "dw_ptr": FP32, "T": INT, "SPAN": INT, "x_batch": LONG, "x_stride": INT,
                 "dx_batch": LONG, "dx_stride": INT, "state_batch": INT, "state_stride": INT},
-               {**flags, "CHANNELS": convolution.BACK_CHANNELS}, 1, 144)
+               {**flags, "CHANNELS": convolution.CHANNELS}, 1, 144)
     yield (cross_entropy.cross_entropy_kernel, {"logits_ptr": BF16, "target_ptr": "*i64", "loss_ptr": FP32,
                                                 "stride": INT, "z": "fp32"},
            {"V": 100_352, "BLOCK": cross_entropy.BLOCK}, 8, 168)
