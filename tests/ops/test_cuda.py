@@ -23,8 +23,8 @@ def error(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def check(ours, exact, inputs, bound=2.5e-3):
-    """Outputs and gradients of all inputs, eager and compiled, twice the same bit for bit."""
+def check(ours, exact, inputs, bound=2.5e-3, compile=False):
+    """Outputs and gradients of all inputs, twice the same bit for bit; if asked, compiled as well."""
     wide = [t.double().requires_grad_() for t in inputs]
     want = exact(*wide)
     want = [want] if torch.is_tensor(want) else list(want)
@@ -37,19 +37,23 @@ def check(ours, exact, inputs, bound=2.5e-3):
         got = [got] if torch.is_tensor(got) else list(got)
         return got + list(torch.autograd.grad(got, leaves, [s.to(y.dtype) for s, y in zip(slopes, got, strict=True)]))
 
-    eager, again, compiled = run(ours), run(ours), run(torch.compile(ours, fullgraph=True, dynamic=False))
+    eager, again = run(ours), run(ours)
     for i, exact_value in enumerate(want):
         assert error(eager[i], exact_value) < bound, f"result {i}: {error(eager[i], exact_value):.1e}"
-        assert torch.equal(eager[i], again[i]) and error(compiled[i], exact_value) < bound, f"result {i}"
+        assert torch.equal(eager[i], again[i]), f"result {i} differs between two runs"
+    if compile:
+        for i, value in enumerate(run(torch.compile(ours, fullgraph=True, dynamic=False))):
+            assert error(value, want[i]) < bound, f"result {i}, compiled: {error(value, want[i]):.1e}"
 
 
 @pytest.mark.parametrize("rows, width", [(1, 16), (333, 768), (5, 3840), (3000, 192)])
 def test_norms_and_swiglu(rows, width):
     x, y, w = normal(rows, width), normal(rows, width), normal(width, dtype=torch.float32)
-    check(lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, w: reference.rms_norm(x, w, 1e-6), (x, w))
+    compile = rows == 333
+    check(lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, w: reference.rms_norm(x, w, 1e-6), (x, w), compile=compile)
     check(lambda x, y, w: ops.gated_rms_norm(x, y, w, 1e-5), lambda x, y, w: reference.gated_rms_norm(x, y, w, 1e-5),
-          (x, y, w))
-    check(ops.swiglu, reference.swiglu, (torch.cat([x, y], 1),))
+          (x, y, w), compile=compile)
+    check(ops.swiglu, reference.swiglu, (torch.cat([x, y], 1),), compile=compile)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -62,7 +66,8 @@ def test_convolutions(batch, time, groups, packed):
                 for part, w in zip(x.split(groups, -1), weights, strict=True)]
 
     check(lambda x, *w: ops.short_convolutions(x, list(w), None, documents)[0], exact,
-          (normal(batch, time, sum(groups)), *(normal(c, 4, dtype=torch.float32) for c in groups)))
+          (normal(batch, time, sum(groups)), *(normal(c, 4, dtype=torch.float32) for c in groups)),
+          compile=packed and batch == 2)
 
 
 @torch.no_grad()
@@ -78,16 +83,14 @@ def test_a_convolution_goes_on_from_its_state():
         assert torch.equal(torch.cat([p[i] for p in parts], 1), want)
 
 
-@pytest.mark.parametrize("time", [100, 128, 1000])
-@pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("time, window, packed, kv_heads", [
+    (128, None, False, 4), (100, 70, False, 1), (1000, None, True, 4), (333, 70, True, 2)])
 def test_attention(time, window, packed, kv_heads):
     documents = (torch.rand(2, time, device="cuda") < 0.02).long().cumsum(1) if packed else None
     inputs = normal(2, time, 4, 64), normal(2, time, kv_heads, 64), normal(2, time, kv_heads, 64)
     mask = ops.attention_mask(time, window=window, documents=documents, device=inputs[0].device)
     check(lambda q, k, v: ops.fused_attention(q, k, v, window=window, documents=documents, mask=mask),
-          lambda q, k, v: reference.attention(q, k, v, window=window, documents=documents), inputs, 8e-3)
+          lambda q, k, v: reference.attention(q, k, v, window=window, documents=documents), inputs, 8e-3, time == 333)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
