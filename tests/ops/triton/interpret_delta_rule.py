@@ -7,7 +7,8 @@ A program of its own, because Triton decides between interpreter and compiler wh
 import json
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
