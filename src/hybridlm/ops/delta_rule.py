@@ -17,22 +17,28 @@ __all__ = ["fused_gated_delta_rule", "takes"]
 
 
 @functools.cache
-def _device_takes(index: int) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.version.hip is None \
-        and torch.cuda.get_device_capability(index) >= (8, 0)
+def _widest_key(index: int) -> int:
+    """The widest key that the kernels take on a device, 0 where they don't run (Triton 3.6 can't compile the backward
+    pass for sm_100). Wider keys need more shared memory than a consumer's GPU has."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return 0
+    properties = torch.cuda.get_device_properties(index)
+    if properties.major not in (8, 9, 12):
+        return 0
+    return 256 if properties.shared_memory_per_block_optin >= 160 << 10 else 128
 
 
 @torch.compiler.assume_constant_result
-def _kernels_run_on(index: int) -> bool:
-    return _device_takes(index)
+def _widest(index: int) -> int:
+    return _widest_key(index)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the fused operator computes this call: bfloat16 or float16 on an NVIDIA GPU from Ampere on, K and V
-    multiples of 16 up to 256."""
+    """Whether the fused operator computes this call: bfloat16 or float16 on an NVIDIA GPU of compute capability 8, 9 or
+    12, K and V multiples of 16 up to 256 (K up to 128 where a block has under 160 KB of shared memory)."""
     return (v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and q.dtype == v.dtype and k.dtype == v.dtype
-            and all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= 256 for x in (k, v)) and v.shape[1] > 0
-            and _kernels_run_on(v.device.index))
+            and k.shape[-1] % 16 == 0 and v.shape[-1] % 16 == 0 and 0 < v.shape[-1] <= 256 and v.shape[1] > 0
+            and 0 < k.shape[-1] <= _widest(v.device.index))
 
 
 def fused_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *,

@@ -54,7 +54,7 @@ class Shape(NamedTuple):
                 "VARLEN": self.bounds is not None}
 
 
-def prepare(shape: Shape, q, k, g, beta, norm=True, precision="fp16x3", split=True, num_warps=4, maxnreg=None):
+def prepare(shape: Shape, q, k, g, beta, norm=True, precision="fp16", split=True, num_warps=4, maxnreg=None):
     inverse = q.new_empty(shape.chunks, shape.heads, CHUNK, CHUNK)
     rest_inverse = torch.empty_like(inverse) if split else None
     scores = torch.empty_like(inverse)

@@ -148,6 +148,14 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     states += index * (V * K)
     dstates += index * (V * K)
     factor = factors + index * 448 + r
+    b = tl.load(factor)
+    into = tl.load(factor + 128)
+    rest = tl.load(factor + 192)
+    decay = tl.load(factor + 256)
+    lk = tl.load(factor + 320)
+    lq = tl.load(factor + 384)
+    fade = tl.load(carry + index)
+    alive = tl.load(g + token * H + head + r * H, mask=here, other=0.0) > FLOOR
     ca = tl.arange(0, KA)
     cb = KA + tl.arange(0, KB if KB > 0 else 16)
     sides = rows & (cb < K)[None, :]
@@ -173,10 +181,7 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     strict = r[:, None] > r[None, :]
     same = r[:, None] == r[None, :]
     tile = index * 4096 + r[:, None] * 64 + r[None, :]
-    lk = tl.load(factor + 320)
-    decay = tl.load(factor + 256)
     d_ij = tl.exp(tl.where(strict, decay[:, None] - decay[None, :], 0.0)) * lk[None, :]
-    b = tl.load(factor)
     db = tl.sum(tl.where(same, dl, 0.0), 1) / tl.where(here, b * b, 1.0)
     dl = tl.where(strict, dl * d_ij * -lk[:, None], 0.0)
     tl.store(second_scratch + tile, dl.to(narrow))
@@ -189,7 +194,6 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     if KB > 0:
         qb = tl.load(q + at + cb[None, :], mask=sides, other=0.0)
         pairs = tl.dot(qb, tl.trans(kb), pairs, input_precision=EXACT)
-    lq = tl.load(factor + 384)
     dp = tl.where(strict | same, dp * d_ij * lq[:, None], 0.0)
     tl.store(first_scratch + tile, dp.to(narrow))
     pairs *= dp
@@ -241,8 +245,6 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
             xb = tl.dot(x, sb, xb, input_precision=EXACT)
 
     # Sums along each token's own q and k: what its exponents get, and what the norms take away.
-    rest = tl.load(factor + 192)
-    into = tl.load(factor + 128)
     reach = -tl.exp(decay) * lk
     ka = tl.load(k + at + ca[None, :], mask=rows, other=0.0)
     qa = tl.load(q + at + ca[None, :], mask=rows, other=0.0)
@@ -269,7 +271,7 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     along_q += seen
     along_k += read + written
     ddecay += seen + read - written
-    last = tl.sum(kept, 0) * tl.load(carry + index) + tl.sum(written, 0)
+    last = tl.sum(kept, 0) * fade + tl.sum(written, 0)
 
     dp_n = tl.load(first_scratch + tile)
     dqa = tl.dot(dp_n, ka, dqa, input_precision=EXACT)
@@ -286,7 +288,6 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     ddecay = tl.where(r == 63, ddecay + last, ddecay)
     gate = token * H + head + r * H
     # A running sum from the right, which decays at the floor do not feel.
-    alive = tl.load(g + gate, mask=here, other=0.0) > FLOOR
     tl.store(dg + gate, tl.where(alive, tl.cumsum(ddecay, 0, reverse=True), 0.0), mask=here)
     tl.store(dbeta + gate, db, mask=here)
 

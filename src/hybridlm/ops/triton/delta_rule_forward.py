@@ -55,6 +55,12 @@ def matmul(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def doubled(x, lower, row, column, size: tl.constexpr, PRECISION: tl.constexpr):
+    lower_left = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
+    return x - matmul(x, matmul(tl.where(lower_left, lower, 0.0), x, PRECISION), PRECISION)
+
+
+@triton.jit
 def unit_lower_inverse(lower, PRECISION: tl.constexpr):
     """(I + L)^-1 for strictly lower triangular L [64, 64] in float32, blocks of 16 by substitution.
 
@@ -67,10 +73,12 @@ def unit_lower_inverse(lower, PRECISION: tl.constexpr):
     diagonal = tl.sum(tl.where(block, four, 0.0), 2)
     outside = tl.reshape(tl.where(block, 0.0, four), (64, 64))
     row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    x = tl.where(row == column, 1.0, 0.0) + tl.zeros((4, 16, 16), tl.float32)
-    for j in tl.static_range(15):
-        x -= tl.sum(tl.where(column == j, diagonal, 0.0), 2)[:, :, None] \
-            * tl.sum(tl.where(row == j, x, 0.0), 1)[:, None, :]
+    # Twice the block at each step: [[a, 0], [b, d]]^-1 = [[a', 0], [-d' b a', d']].
+    pair = (row // 2 == column // 2) & (row > column)
+    x = tl.where(row == column, 1.0, tl.where(pair, -diagonal, 0.0))
+    x = doubled(x, diagonal, row, column, 2, PRECISION)
+    x = doubled(x, diagonal, row, column, 4, PRECISION)
+    x = doubled(x, diagonal, row, column, 8, PRECISION)
     x = tl.reshape(tl.where(block, x[:, :, None, :], 0.0), (64, 64))
     y = matmul(x, outside, PRECISION)
     z = x + matmul(y, matmul(y, x, PRECISION), PRECISION)
@@ -143,14 +151,19 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores
     tl.store(factors + out * 448 + 384 + r, lq)
 
     seen = r[:, None] >= r[None, :]
-    d = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], 0.0)) * lk[None, :]
+    d = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], float("-inf"))) * lk[None, :]
     tile = out * 4096 + r[:, None] * 64 + r[None, :]
-    tl.store(scores + tile, tl.where(seen, pairs * d * lq[:, None], 0.0).to(narrow))
+    tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow))
     lower = tl.where(r[:, None] > r[None, :], gram * d * (b * lk)[:, None], 0.0)
     t = unit_lower_inverse(lower, PRECISION)
-    tl.store(inverse + tile, t.to(narrow))
     if SPLIT:
-        tl.store(rest_inverse + tile, (t - t.to(narrow).to(tl.float32)).to(narrow))
+        if narrow == tl.bfloat16:  # cut, not rounded: no conversion back, and the rest has as many bits
+            high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        else:
+            high = t.to(narrow).to(tl.float32)
+        tl.store(rest_inverse + tile, (t - high).to(narrow))
+        t = high
+    tl.store(inverse + tile, t.to(narrow))
 
 
 @triton.jit
