@@ -100,7 +100,7 @@ def alone(r: Recipe, repeat: int) -> Speed:
 
 
 def warm(name: str, sequence: int, batch: int, microbatch: int) -> None:
-    """Fill the compiler's caches: one step of a model with one block of each kind, which is all that is compiled, and few words."""
+    """Fill the compiler's caches: one step of a model with one block of each kind, all that is compiled."""
     full = recipe(name, sequence, batch, microbatch)
     kinds = tuple(dict.fromkeys(full.model.layer_types))
     watch = Stopwatch(replace(full, model=full.model.with_(layer_types=kinds, vocab_size=1024)), warm=0)
