@@ -1,7 +1,7 @@
 """Runs the kernels of the gated delta rule in Triton's interpreter, in float32, against the recurrence in float64.
 
-A program of its own, because Triton decides between interpreter and compiler when it is imported. Prints a JSON object
-{case: {name of result: relative error}}.
+A program of its own, because Triton decides between interpreter and compiler when kernels are defined. Prints a JSON
+object {case: {name of result: relative error}}.
 """
 
 import json
