@@ -35,17 +35,28 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Run": {
         "chat": ("chat", "Talk with a model in the terminal."),
+        "serve": ("serve", "Serve models over HTTP: OpenAI's, Ollama's and Anthropic's APIs, a chat page."),
         "generate": ("generate", "Continue a prompt."),
         "bench": ("bench", "Measure prefill and decode speed and memory."),
     },
+    "Models": {
+        "pull": ("pull", "Fetch a model from the hub, ready to run."),
+        "list": ("list_models", "Show the models that are here."),
+        "rm": ("rm", "Delete models from the store."),
+        "upload": ("upload", "Publish GGUF files with a model card."),
+    },
     "Evaluate": {
-        "eval": ("evaluate", "Measure quality: bits per byte on your own files."),
+        "eval": ("evaluate", "Measure quality: benchmarks, RULER, bits per byte on your own files."),
+        "verify": ("verify", "Check that all ways to compute a model's output agree."),
+        "scaling": ("scaling", "Tokens to parity between architectures, by law and by trajectory, with intervals."),
+        "report": ("report", "Runs and evaluations as one self-contained page, with plots."),
     },
 }
 
 # What an install extra brings, by the module that is missing without it.
 EXTRAS = {"torch": "train", "safetensors": "train", "pyarrow": "train", "zstandard": "train", "tensorboard": "train",
-          "starlette": "serve", "uvicorn": "serve", "pydantic": "serve", "llguidance": "serve", "triton": "gpu"}
+          "starlette": "serve", "uvicorn": "serve", "pydantic": "serve", "llguidance": "serve", "triton": "gpu",
+          "matplotlib": "report"}
 
 
 def build_app(wanted: str | None = None) -> typer.Typer:

@@ -154,7 +154,7 @@ class Stopwatch:
 
 @torch.no_grad()
 def _fill(model: HybridLM) -> None:
-    """Plausible weights, made where they are: `init_weights` is the same on every device, and slow for a large model."""
+    """Plausible weights, made where they are; `init_weights` gives the same on every device, which takes long."""
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.fill_(1)
