@@ -1,4 +1,5 @@
-"""Kernels of the chunked gated delta rule, forward: `prepare_kernel`, parallel over chunks, then `scan_kernel`.
+"""Kernels of the chunked gated delta rule, forward: `prepare_kernel`, parallel over chunks, then `scan_kernel`, which
+may leave o to `output_kernel`.
 
 The mathematics is that of `hybridlm.ops.chunked`; what differs is what reaches memory. In a chunk of C = 64 tokens,
 with k and q of unit length, G the running sum of log decays, D_ij = exp(G_i - G_j) and s = K^-1/2:
@@ -171,11 +172,11 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores
 def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes,
                 final, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                 KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-                STATES: tl.constexpr, VARLEN: tl.constexpr):
+                STATES: tl.constexpr, FINAL: tl.constexpr, VARLEN: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
-    OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w,
-    shaped as v; both in v's type.
+    OUTPUT: write o. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w, shaped as v; both in
+    v's type. FINAL: write the final state.
     """
     slab = tl.program_id(0)
     head = tl.program_id(1)
@@ -260,7 +261,52 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             y = tl.dot(w.to(narrow), tl.trans(p), y, input_precision=EXACT)
             tl.store(o + (token * H + head) * V + values, y.to(narrow), mask=here[None, :] & inside[:, None])
 
-    if OUTPUT:
+    if FINAL:
         tl.store(final + memory + ca[None, :] * V + cv[:, None], sa, mask=inside[:, None])
         if KB > 0:
             tl.store(final + memory + cb[None, :] * V + cv[:, None], sb, mask=inside[:, None] & (cb < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["time", "sequences"])
+def output_kernel(q, scores, factors, states, writes, bounds, offsets, o, time, sequences, H: tl.constexpr,
+                  HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+                  BV: tl.constexpr, VARLEN: tl.constexpr):
+    """o of one chunk, value head and slab, from each chunk's starting state and writes."""
+    slab = tl.program_id(0)
+    head = tl.program_id(1)
+    chunk = tl.program_id(2)
+    if VARLEN:
+        if chunk >= tl.load(offsets + sequences):
+            return
+        n = find(offsets, chunk, sequences)
+        first = tl.load(bounds + n)
+        start = (chunk - tl.load(offsets + n)) * 64
+        length = tl.load(bounds + n + 1) - first
+    else:
+        chunks = tl.cdiv(time, 64)
+        first = (chunk // chunks) * time
+        start = (chunk % chunks) * 64
+        length = time
+    narrow = o.dtype.element_ty
+    EXACT: tl.constexpr = "ieee" if narrow == tl.float32 else "tf32"
+    r = tl.arange(0, 64)
+    here = (start + r < length)[:, None]
+    token = (first + start).to(tl.int64)
+    index = (chunk * H + head).to(tl.int64)
+    ca = tl.arange(0, KA)
+    cv = slab * BV + tl.arange(0, BV)
+    inside = cv < V
+    at = (token * HK + head // (H // HK)) * K + (r * (HK * K))[:, None]
+    values = (token * H + head) * V + (r * (H * V))[:, None] + cv[None, :]
+    qa = tl.load(q + at + ca[None, :], mask=here, other=0.0)
+    base = states + index * (V * K) + cv[:, None] * K
+    y = tl.dot(qa, tl.trans(tl.load(base + ca[None, :], mask=inside[:, None], other=0.0)), input_precision=EXACT)
+    if KB > 0:
+        cb = KA + tl.arange(0, KB)
+        qb = tl.load(q + at + cb[None, :], mask=here & (cb < K)[None, :], other=0.0)
+        sb = tl.load(base + cb[None, :], mask=inside[:, None] & (cb < K)[None, :], other=0.0)
+        y = tl.dot(qb, tl.trans(sb), y, input_precision=EXACT)
+    p = tl.load(scores + index * 4096 + r[:, None] * 64 + r[None, :], mask=lower_half(r), other=0.0)
+    w = tl.load(writes + values, mask=here & inside[None, :], other=0.0)
+    y = tl.dot(p, w, y * tl.load(factors + index * 448 + 128 + r)[:, None], input_precision=EXACT)
+    tl.store(o + values, y.to(narrow), mask=here & inside[None, :])
