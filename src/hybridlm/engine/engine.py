@@ -243,12 +243,14 @@ class Engine:
 
     def load_cache(self, path: str | Path) -> int:
         """Add what `save_cache` wrote for the same model; returns the number of checkpoints, 0 if it does not fit."""
+        like = self._ops.state()
+
         def rebuild(tokens: list[int], own: bytes, blocks: list[Any]) -> State:
             if not all(type(t) is int and 0 <= t < self.config.vocab_size for t in tokens):
                 raise ValueError
-            return State.rebuild(self.layout, tokens, own, blocks)
+            return like.rebuilt(tokens, own, blocks)
 
-        return self.cache.load(path, repr(self.layout), State.block, rebuild)
+        return self.cache.load(path, repr(self.layout), like.block_of, rebuild)
 
     def step(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]], every: bool = False,
              trial: bool = False) -> np.ndarray:

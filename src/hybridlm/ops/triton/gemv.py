@@ -1,0 +1,106 @@
+"""Linear layers of a decoding step: few rows, so the weights' way from memory is all that counts.
+
+y^T = W x^T on the tensor cores: W's rows are the tall side of the product, the rows of x, filled up to 16, 32 or 64, the
+short one. Multiplying by the filling costs nothing, because the weights arrive later than the products are done.
+
+Which rows are in the batch changes nothing in any of them: each column of the product is summed over K in the same
+order, in the same blocks, whatever stands beside it. Narrow layers are split along K so that all processors load; the
+parts are added by the program that finishes last, in the order of K, so that too is always the same sum.
+
+What follows a layer happens where its sums are: y + residual, or SiLU(gate) * up.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["Workspace", "skinny_linear"]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _skinny(x, w, y, residual, parts, counters, rows, N, K, x_stride, w_stride, y_stride, r_stride, half,
+            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, GLU: tl.constexpr,
+            ADD: tl.constexpr, EVEN: tl.constexpr):
+    block, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rn, rm, rk = block * BN + tl.arange(0, BN), group * BM + tl.arange(0, BM), tl.arange(0, BK)
+    here = (rn < N)[:, None]
+    steps = tl.cdiv(tl.cdiv(K, BK), SPLIT)
+    first = split * steps
+    w_at = w + rn.to(tl.int64)[:, None] * w_stride + rk[None, :]
+    x_at = x + rm.to(tl.int64)[:, None] * x_stride + rk[None, :]
+    acc = tl.zeros((BN, BM), tl.float32)
+    up = tl.zeros((BN, BM), tl.float32)
+    for step in range(first, min(first + steps, tl.cdiv(K, BK))):
+        k = step * BK
+        if EVEN:
+            wt = tl.load(w_at + k, mask=here, other=0.0, eviction_policy="evict_first")
+            xt = tl.load(x_at + k, mask=(rm < rows)[:, None], other=0.0)
+        else:
+            wt = tl.load(w_at + k, mask=here & (k + rk < K)[None, :], other=0.0, eviction_policy="evict_first")
+            xt = tl.load(x_at + k, mask=(rm < rows)[:, None] & (k + rk < K)[None, :], other=0.0)
+        acc = tl.dot(wt, tl.trans(xt), acc, input_precision="ieee")
+        if GLU:
+            if EVEN:
+                ut = tl.load(w_at + half * w_stride + k, mask=here, other=0.0, eviction_policy="evict_first")
+            else:
+                ut = tl.load(w_at + half * w_stride + k, mask=here & (k + rk < K)[None, :], other=0.0,
+                             eviction_policy="evict_first")
+            up = tl.dot(ut, tl.trans(xt), up, input_precision="ieee")
+    inside = here & (rm < rows)[None, :]
+    if SPLIT > 1:
+        blocks = tl.num_programs(0)
+        tile = (group * SPLIT * blocks + block) * (BN * BM)
+        at = parts + tile + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        tl.store(at + split * blocks * (BN * BM), acc)
+        tl.debug_barrier()
+        done = tl.atomic_add(counters + group * blocks + block, 1, sem="acq_rel")
+        if done < SPLIT - 1:
+            return
+        acc = tl.zeros((BN, BM), tl.float32)
+        for i in range(SPLIT):
+            acc += tl.load(at + i * blocks * (BN * BM), cache_modifier=".cg")
+        tl.store(counters + group * blocks + block, 0)
+    out = acc
+    if GLU:
+        out = acc * tl.sigmoid(acc) * up
+    if ADD:
+        out += tl.load(residual + rm.to(tl.int64)[None, :] * r_stride + rn[:, None], mask=inside,
+                       other=0.0).to(tl.float32)
+    tl.store(y + rm.to(tl.int64)[None, :] * y_stride + rn[:, None], out.to(y.dtype.element_ty), mask=inside)
+
+
+class Workspace:
+    """What split layers leave to each other: partial sums, and counters that every call leaves at zero. One call at a
+    time: use one per stream."""
+
+    def __init__(self, device: torch.device | str, floats: int = 1 << 21, tiles: int = 1 << 14) -> None:
+        self.parts = torch.empty(floats, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+def skinny_linear(x: Tensor, weight: Tensor, workspace: Workspace, *, residual: Tensor | None = None,
+                  glu: bool = False, out: Tensor | None = None, block: tuple[int, int] = (64, 256), split: int = 1,
+                  stages: int = 4, warps: int = 4) -> Tensor:
+    """x W^T for x [M, K] and weight [N, K], in x's dtype, accumulated in float32. `out` may have wider rows.
+
+    residual [M, N] is added before rounding. With `glu` the weight is [2 N, K], gate above up, and the result
+    SiLU(gate) * up. `block` (rows of W, columns), `split` and so on are the caller's, one choice for each weight:
+    another choice sums in another order.
+    """
+    rows, K = x.shape
+    N = weight.shape[0] // (2 if glu else 1)
+    if out is None:
+        out = torch.empty(rows, N, dtype=x.dtype, device=x.device)
+    BN, BK = block
+    BM = min(64, max(16, triton.next_power_of_2(rows)))
+    grid = (triton.cdiv(N, BN), split, triton.cdiv(rows, BM))
+    assert split == 1 or (not glu and grid[0] * grid[1] * grid[2] * BN * BM <= workspace.parts.numel()
+                          and grid[0] * grid[2] <= workspace.counters.numel())
+    _skinny[grid](x, weight, out, x if residual is None else residual, workspace.parts, workspace.counters, rows, N, K,
+                  x.stride(0), weight.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), N,
+                  BM=BM, BN=BN, BK=BK, SPLIT=split, GLU=glu, ADD=residual is not None, EVEN=K % BK == 0,
+                  num_warps=warps, num_stages=stages)
+    return out
