@@ -74,6 +74,7 @@ class Gated:
 
     x: Tensor
     weight: Tensor
+    half: int  # rows of the gate
 
 
 class CUDA:
@@ -181,13 +182,13 @@ class CUDA:
         data = weights[0].data
         assert all(w.data is data for w in weights), "matrices with one input lie in one"
         if len(weights) == 2 and self._skinny(x):
-            return Gated(x, data), Gated(x, data)
+            return Gated(x, data, weights[0].last), Gated(x, data, weights[0].last)
         y = self._product(x, data)
         return tuple(y[:, w.first:w.last] for w in weights)
 
     def swiglu(self, gate: Any, up: Any) -> Tensor:
         if isinstance(gate, Gated):
-            return self._k[1].skinny_linear(gate.x, gate.weight, self._workspace, glu=True)
+            return self._k[1].skinny_linear(gate.x, gate.weight, self._workspace, glu=gate.half)
         return F.silu(gate) * up
 
     def rope(self, x: Normed, rope: Rope, batch: Batch) -> Normed:

@@ -28,7 +28,7 @@ def gdn(rows: int, HK: int, HV: int, K: int, V: int, *, W: int = 4, layers: int 
     channels, layer = 2 * HK * K + HV * V, layers - 1
     x = rand(rows, channels + HV * V + 2 * HV).to(dtype).to(device)
     q, k, v, gate, a, b = x.split([HK * K, HK * K, HV * V, HV * V, HV, HV], 1)
-    taps = [(0.5 * rand(W, n)).to(device) for n in (HK * K, HK * K, HV * V)]
+    taps = (0.5 * rand(W, channels)).to(device).split([HK * K, HK * K, HV * V], 1)
     ssm_a, dt = -torch.rand(HV, generator=g).mul(16).to(device), rand(HV).to(device) - 3
     norm = (1 + 0.1 * rand(V)).to(device)
     states = [rand(layers, HV, K, V).to(device) for _ in range(rows)]
@@ -72,7 +72,7 @@ def linear(M: int, N: int, K: int, *, split: int = 1, glu: bool = False, add: bo
     w = (torch.randn(N * (2 if glu else 1), K, generator=g) / K**0.5).to(dtype).to(device)
     r = torch.randn(M, N, generator=g).to(dtype).to(device) if add else None
     work = gemv.Workspace(device, 1 << 20, 1 << 10)
-    y = [gemv.skinny_linear(x, w, work, residual=r, glu=glu, block=block, split=split, **options) for _ in range(2)]
+    y = [gemv.skinny_linear(x, w, work, residual=r, glu=N if glu else 0, block=block, split=split, **options) for _ in range(2)]
     assert torch.equal(y[0], y[1])
     assert not work.counters.any()
     z = x.double() @ w.double().T

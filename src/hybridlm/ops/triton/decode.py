@@ -22,21 +22,21 @@ __all__ = ["add_norm", "gdn_decode"]
 
 
 @triton.jit
-def _conv(x, taps, ring, channel, offset, position, mask, store, SIZE: tl.constexpr,
+def _conv(x, taps, taps_stride, ring, channel, offset, position, mask, store,
           CHANNELS: tl.constexpr, W: tl.constexpr):
     """SiLU of the convolution at `channel` (of x and taps), and the input into the ring at `offset + channel`."""
     new = tl.load(x + channel, mask=mask, other=0.0)
-    y = new.to(tl.float32) * tl.load(taps + (W - 1) * SIZE + channel, mask=mask, other=0.0)
+    y = new.to(tl.float32) * tl.load(taps + (W - 1) * taps_stride + channel, mask=mask, other=0.0)
     for back in tl.static_range(1, W):
         place = (position + W - back) % W
         old = tl.load(ring + place * CHANNELS + offset + channel, mask=mask, other=0.0).to(tl.float32)
-        y += old * tl.load(taps + (W - 1 - back) * SIZE + channel, mask=mask, other=0.0)
+        y += old * tl.load(taps + (W - 1 - back) * taps_stride + channel, mask=mask, other=0.0)
     tl.store(ring + (position % W) * CHANNELS + offset + channel, new, mask=mask & store)
     return y * tl.sigmoid(y)
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, ssm_a, dt_bias, norm, recurrent, conv, positions,
+def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride, ssm_a, dt_bias, norm, recurrent, conv, positions,
                 out, out_stride, layer, eps, scale, strength,
                 HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
                 K1: tl.constexpr, K2: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr, DTYPE: tl.constexpr):
@@ -63,10 +63,10 @@ def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, ssm_a, dt_b
     key_head = head // (HV // HK)
     first = head % (HV // HK) == 0  # of the value heads that share these keys
     c1, c2, in2 = key_head * K + rk1, key_head * K + rk2, rk2 < K
-    q1 = _conv(q + row * stride, taps_q, ring, c1, 0, position, rk1 < K, first, HK * K, CHANNELS, W)
-    q2 = _conv(q + row * stride, taps_q, ring, c2, 0, position, in2, first, HK * K, CHANNELS, W)
-    k1 = _conv(k + row * stride, taps_k, ring, c1, HK * K, position, rk1 < K, first, HK * K, CHANNELS, W)
-    k2 = _conv(k + row * stride, taps_k, ring, c2, HK * K, position, in2, first, HK * K, CHANNELS, W)
+    q1 = _conv(q + row * stride, taps_q, taps_stride, ring, c1, 0, position, rk1 < K, first, CHANNELS, W)
+    q2 = _conv(q + row * stride, taps_q, taps_stride, ring, c2, 0, position, in2, first, CHANNELS, W)
+    k1 = _conv(k + row * stride, taps_k, taps_stride, ring, c1, HK * K, position, rk1 < K, first, CHANNELS, W)
+    k2 = _conv(k + row * stride, taps_k, taps_stride, ring, c2, HK * K, position, in2, first, CHANNELS, W)
     q_norm = tl.rsqrt(tl.sum(q1 * q1, 0) + tl.sum(q2 * q2, 0) + 1e-6) * scale
     k_norm = tl.rsqrt(tl.sum(k1 * k1, 0) + tl.sum(k2 * k2, 0) + 1e-6)
     q1, q2, k1, k2 = q1 * q_norm, q2 * q_norm, k1 * k_norm, k2 * k_norm
@@ -89,8 +89,7 @@ def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, ssm_a, dt_b
             s2 = decay * tl.load(state + rk2[:, None] * V + c[None, :], mask=in2[:, None] & (c < V)[None, :], other=0.0)
         read = tl.sum(s1 * k1[:, None], 0) + tl.sum(s2 * k2[:, None], 0)
         seen = tl.sum(s1 * q1[:, None], 0) + tl.sum(s2 * q2[:, None], 0)
-        value = _conv(v + row * stride, taps_v, ring, head * V + c, 2 * HK * K, position, c < V, True, HV * V, CHANNELS,
-                      W)
+        value = _conv(v + row * stride, taps_v, taps_stride, ring, head * V + c, 2 * HK * K, position, c < V, True, CHANNELS, W)
         delta = beta * (value - read)
         tl.store(state + rk1[:, None] * V + c[None, :], s1 + k1[:, None] * delta[None, :], mask=(c < V)[None, :])
         tl.store(state + rk2[:, None] * V + c[None, :], s2 + k2[:, None] * delta[None, :],
@@ -113,7 +112,7 @@ def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tens
     """One step for B rows, in place.
 
     q, k [B, Hk K]; v, gate [B, Hv V]; a, b [B, Hv]: rows of one matrix, or with equal strides. taps: of the q, k and v
-    convolutions, float32 [W, channels], the newest last. ssm_a (-exp(A_log)), dt_bias float32 [Hv], norm float32 [V].
+    convolutions, float32 [W, channels], the newest last, with one row stride. ssm_a (-exp(A_log)), dt_bias float32 [Hv], norm float32 [V].
     recurrent, conv, positions: int64 [B] on the device: addresses of float32 [layers, Hv, K, V] and of [layers, W,
     channels] in q's dtype (0: skip this row), and each token's position. `layer` counts within those. `heads` is
     (Hk, Hv), `strength` the largest beta (2 with negative eigenvalues). out [B, Hv V], in any dtype.
@@ -126,7 +125,7 @@ def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tens
     strides = {x.stride(0) for x in (q, k, v, a, b, gate)} if rows > 1 else {q.stride(0)}
     assert len(strides) == 1, "q, k, v, a, b and gate must have one row stride"
     _gdn_decode[(value_heads, rows)](
-        q, k, v, a, b, gate, q.stride(0), *taps, ssm_a, dt_bias, norm, recurrent, conv, positions, out, out.stride(0),
+        q, k, v, a, b, gate, q.stride(0), *taps, taps[0].stride(0), ssm_a, dt_bias, norm, recurrent, conv, positions, out, out.stride(0),
         layer, eps, K**-0.5, strength, HK=key_heads, HV=value_heads, K=K, V=V, W=taps[0].shape[0], K1=K1, K2=K2, BV=BV,
         AHEAD=ahead, DTYPE=_TYPES[q.dtype], num_warps=num_warps, maxnreg=maxnreg)
 

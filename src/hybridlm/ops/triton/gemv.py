@@ -82,16 +82,16 @@ class Workspace:
 
 
 def skinny_linear(x: Tensor, weight: Tensor, workspace: Workspace, *, residual: Tensor | None = None,
-                  glu: bool = False, out: Tensor | None = None, block: tuple[int, int] = (64, 256), split: int = 1,
+                  glu: int = 0, out: Tensor | None = None, block: tuple[int, int] = (64, 256), split: int = 1,
                   stages: int = 4, warps: int = 4) -> Tensor:
     """x W^T for x [M, K] and weight [N, K], in x's dtype, accumulated in float32. `out` may have wider rows.
 
-    residual [M, N] is added before rounding. With `glu` the weight is [2 N, K], gate above up, and the result
-    SiLU(gate) * up. `block` (rows of W, columns), `split` and so on are the caller's, one choice for each weight:
+    residual [M, N] is added before rounding. With `glu` = N the weight is [2 N or more, K], gate above up, and the
+    result SiLU(gate) * up. `block` (rows of W, columns), `split` and so on are the caller's, one choice for each weight:
     another choice sums in another order.
     """
     rows, K = x.shape
-    N = weight.shape[0] // (2 if glu else 1)
+    N = glu or weight.shape[0]
     if out is None:
         out = torch.empty(rows, N, dtype=x.dtype, device=x.device)
     BN, BK = block
@@ -101,6 +101,6 @@ def skinny_linear(x: Tensor, weight: Tensor, workspace: Workspace, *, residual: 
                           and grid[0] * grid[2] <= workspace.counters.numel())
     _skinny[grid](x, weight, out, x if residual is None else residual, workspace.parts, workspace.counters, rows, N, K,
                   x.stride(0), weight.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), N,
-                  BM=BM, BN=BN, BK=BK, SPLIT=split, GLU=glu, ADD=residual is not None, EVEN=K % BK == 0,
+                  BM=BM, BN=BN, BK=BK, SPLIT=split, GLU=glu > 0, ADD=residual is not None, EVEN=K % BK == 0,
                   num_warps=warps, num_stages=stages)
     return out
