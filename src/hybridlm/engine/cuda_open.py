@@ -22,37 +22,37 @@ E = TypeVar("E")
 
 
 def open_engine(kind: type[E], path: str | Path, device: str = "cuda", *, kv_type: str | None = None,
-                dtype: torch.dtype | None = None, cache_bytes: int | None = None, ops: dict[str, Any] | None = None,
-                **options: Any) -> E:
+                exact: bool = False, cache_bytes: int | None = None, invariant: bool = False,
+                ops: dict[str, Any] | None = None, **options: Any) -> E:
     """An engine on a GGUF file or on a Hugging Face folder of safetensors, whose weights become bfloat16.
 
-    `dtype`: of weights and activations instead (float32 for measuring). `ops`: options of `CUDA`.
+    `exact`: float32 instead, with tf32 off: the reference for measuring. `invariant`, `ops`: options of `CUDA`.
     """
     place, path = _device(device), Path(path)
     file: Any = Folder(path) if path.is_dir() else GGUFFile.open(path)
     try:
         read = file.read if isinstance(file, Folder) else gguf_reader(file)
-        return _engine(kind, file.config, read, file.fingerprint, place, kv_type, dtype, cache_bytes, ops or {},
-                       name=path.stem, file=file, **options)
+        return _engine(kind, file.config, read, file.fingerprint, place, kv_type, exact, cache_bytes,
+                       {"invariant": invariant, **(ops or {})}, name=path.stem, file=file, **options)
     except BaseException:
         file.close()
         raise
 
 
 def random_engine(kind: type[E], config: HybridConfig, seed: int = 0, device: str = "cuda", *,
-                  kv_type: str | None = None, dtype: torch.dtype | None = None, cache_bytes: int | None = None,
-                  ops: dict[str, Any] | None = None, **options: Any) -> E:
+                  kv_type: str | None = None, exact: bool = False, cache_bytes: int | None = None,
+                  invariant: bool = False, ops: dict[str, Any] | None = None, **options: Any) -> E:
     """Random weights, made on the device in bfloat16: for measuring speed at any size. It has no tokenizer."""
     place = _device(device)
-    read = random_reader(seed, place, dtype or torch.bfloat16)
-    return _engine(kind, config, read, f"random {seed} {config}", place, kv_type, dtype, cache_bytes, ops or {},
-                   name="random", **options)
+    read = random_reader(seed, place)
+    return _engine(kind, config, read, f"random {seed} {config}", place, kv_type, exact, cache_bytes,
+                   {"invariant": invariant, **(ops or {})}, name="random-bf16", **options)
 
 
 def _engine(kind: Any, config: HybridConfig, read: Read, fingerprint: str, device: torch.device, kv_type: str | None,
-            dtype: torch.dtype | None, cache_bytes: int | None, ops: dict[str, Any], **options: Any) -> Any:
-    dtype = dtype or torch.bfloat16
-    kv_type = kv_type or {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "f32")
+            exact: bool, cache_bytes: int | None, ops: dict[str, Any], **options: Any) -> Any:
+    dtype = torch.float32 if exact else torch.bfloat16
+    kv_type = kv_type or ("f32" if exact else "bf16")
     if kv_type not in KV_DTYPES:
         raise HybridLMError(f"kv_type: {kv_type!r} is not for a GPU; {', '.join(KV_DTYPES)} are")
     layout = Layout.of(config, fingerprint, kv_type)

@@ -172,13 +172,13 @@ class Folder:
         """Nothing to let go of: the weights are on the device."""
 
 
-def random_reader(seed: int, device: torch.device, dtype: torch.dtype) -> Read:
+def random_reader(seed: int, device: torch.device) -> Read:
     """Numbers of plausible size, made on the device; the same distributions as `random_weights`."""
     g = torch.Generator(device).manual_seed(seed)
 
     def read(name: str, shape: tuple[int, ...], matrix: bool) -> Tensor:
         if matrix:
-            return torch.randn(shape, generator=g, device=device, dtype=dtype) * shape[1]**-0.5
+            return torch.randn(shape, generator=g, device=device, dtype=torch.bfloat16) * shape[1]**-0.5
         if name.endswith("ssm_a"):
             return -16 * torch.rand(shape, generator=g, device=device)
         if name.endswith("ssm_dt.bias"):

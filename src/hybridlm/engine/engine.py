@@ -63,25 +63,28 @@ class Engine:
         self._passes = Passes(weights, ops, self.context)
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str = "f16",
+    def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str | None = None,
              context: int | None = None, *, cache_bytes: int | None = None,
-             checkpoint_every: int = CHECKPOINT_EVERY, exact: bool = False) -> Engine:
+             checkpoint_every: int = CHECKPOINT_EVERY, exact: bool = False, batch_invariant: bool = False) -> Engine:
         """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
 
         Args:
-            device: "cpu".
+            device: "cpu", or "cuda" (or "cuda:1"), which takes Hugging Face folders too and turns weights to bfloat16.
             threads: that work on a pass; None leaves the native core's choice, all cores. One setting per process.
-            kv_type: how attention keeps keys and values: "f32", "f16" or "q8_0" (half of f16).
+            kv_type: how attention keeps keys and values: "f32", "f16" (what None is on a processor), "q8_0" (half of
+                f16), or on a GPU "bf16" (what None is there).
             context, cache_bytes, checkpoint_every: as for `Engine`.
-            exact: keep activations in float32 where quantised weights meet 8-bit ones otherwise; slow, for measuring.
+            exact: keep activations in float32 where quantised weights meet 8-bit ones otherwise; on a GPU keep
+                everything in float32. Slow, for measuring.
+            batch_invariant: on a GPU, a text's logits are the same in every bit whatever else is read beside it.
 
         Raises `FormatError` for a file that is no such model, `HybridLMError` for options that cannot be.
         """
         if _device(device) == "cuda":
-            from hybridlm.engine import cuda  # type: ignore[attr-defined]
+            from hybridlm.engine.cuda_open import open_engine
 
-            return cuda.open_engine(cls, path, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
-                                    checkpoint_every=checkpoint_every)
+            return open_engine(cls, path, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
+                               checkpoint_every=checkpoint_every, exact=exact, invariant=batch_invariant)
         _need_native()
         from hybridlm.engine.cpu import CPU, file_loader
         from hybridlm.formats.gguf_reader import GGUFFile
@@ -91,7 +94,7 @@ class Engine:
             raise FormatError(f"{path}: is a folder; convert it first (hybridlm convert {path} model.gguf)")
         file = GGUFFile.open(path)
         try:
-            layout = Layout.of(file.config, file.fingerprint, kv_type)
+            layout = Layout.of(file.config, file.fingerprint, _host_kv(kv_type))
             weights = bind(file.config, file_loader(file, str(path)))
             _set_threads(threads)
             return cls(weights, CPU(file.config, layout, exact), layout, name=path.stem, context=context, file=file,
@@ -102,16 +105,24 @@ class Engine:
 
     @classmethod
     def random(cls, config: HybridConfig, type: str = "q4_0", seed: int = 0, *, threads: int | None = None,
-               kv_type: str = "f16", context: int | None = None, cache_bytes: int | None = None,
-               checkpoint_every: int = CHECKPOINT_EVERY) -> Engine:
-        """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer."""
+               kv_type: str | None = None, context: int | None = None, cache_bytes: int | None = None,
+               checkpoint_every: int = CHECKPOINT_EVERY, device: str = "cpu", batch_invariant: bool = False) -> Engine:
+        """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer.
+
+        On a GPU the type is bfloat16, whatever `type` says.
+        """
+        if _device(device) == "cuda":
+            from hybridlm.engine.cuda_open import random_engine
+
+            return random_engine(cls, config, seed, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
+                                 checkpoint_every=checkpoint_every, invariant=batch_invariant)
         _need_native()
         from hybridlm.engine.cpu import CPU
         from hybridlm.engine.random_weights import RandomLoader
 
         loader = RandomLoader(config, type, seed)
         weights = bind(config, loader)
-        layout = Layout.of(config, f"random {type} {seed} {config}", kv_type)
+        layout = Layout.of(config, f"random {type} {seed} {config}", _host_kv(kv_type))
         _set_threads(threads)
         return cls(weights, CPU(config, layout), layout, name=f"random-{type}", context=context,
                    model_bytes=loader.nbytes, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every)
@@ -332,10 +343,17 @@ def _device(device: str) -> str:
 
     kind = str(device).split(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise HybridLMError(f'device: {device!r} is unknown; use "cpu"')
-    if kind == "cuda" and find_spec("hybridlm.engine.cuda") is None:
-        raise HybridLMError('device: the GPU engine is not in this version yet; use device="cpu"')
+        raise HybridLMError(f'device: {device!r} is unknown; use "cpu" or "cuda"')
+    missing = [name for name in ("torch", "triton") if kind == "cuda" and find_spec(name) is None]
+    if missing:
+        raise HybridLMError(f'device: a GPU needs {missing[0]}, which is not installed; pip install "hybridlm[gpu]"')
     return kind
+
+
+def _host_kv(kv_type: str | None) -> str:
+    if kv_type == "bf16":
+        raise HybridLMError('kv_type: "bf16" is for GPUs; a processor keeps keys and values as f32, f16 or q8_0')
+    return kv_type or "f16"
 
 
 def _need_native() -> None:
