@@ -10,7 +10,7 @@ from tests.engine.helpers import reference_engine, small_config
 from tests.text.helpers import byte_level
 
 from hybridlm.engine import Piece
-from hybridlm.engine.generate import HeldText
+from hybridlm.engine.writer import HeldText
 from hybridlm.errors import HybridLMError
 from hybridlm.text import CHATML
 
