@@ -39,7 +39,8 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
         "bench": ("bench", "Measure prefill and decode speed and memory."),
     },
     "Evaluate": {
-        "eval": ("evaluate", "Measure quality: bits per byte on your own files."),
+        "eval": ("evaluate", "Measure quality: benchmarks, RULER, bits per byte on your own files."),
+        "verify": ("verify", "Check that all ways to compute a model's output agree."),
     },
 }
 

@@ -224,6 +224,26 @@ class Engine:
         """`logprobs` of several texts, read side by side."""
         return self._passes.score([self._ids(tokens) for tokens in texts])
 
+    def continuations(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+                      prefix: int = 0) -> list[tuple[float, bool]]:
+        """Of (context, continuation) pairs: the continuation's log-probability, and whether it is what greedy decoding
+        writes. What contexts share is read once; their first `prefix` tokens, alike in all, also once for later calls.
+        """
+        from hybridlm.engine import branch, lockstep
+
+        checked = [(self._ids(context), self._ids(continuation)) for context, continuation in requests]
+        if not checked:
+            return []
+        start = lockstep.shared_state(self, checked[0][0][:prefix].tolist()) if prefix else None
+        return branch.continuations(self._passes, checked, start)
+
+    def generate_until(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[str] = (),
+                       prefix: int = 0) -> list[str]:
+        """Greedy text after each prompt of token ids, up to a stop string; `prefix` as for `continuations`."""
+        from hybridlm.engine.lockstep import generate_until
+
+        return generate_until(self, [self._ids(p).tolist() for p in prompts], max_tokens, tuple(stop), prefix)
+
     def decode_bytes_per_token(self, context: int = 0) -> int:
         """Bytes that generating one token after `context` others must move through memory.
 

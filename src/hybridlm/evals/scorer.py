@@ -25,3 +25,15 @@ class Scorer(Protocol):
     def score(self, texts: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
         """`logprobs` of several texts, which a model may read side by side."""
         ...
+
+    def continuations(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+                      prefix: int = 0) -> list[tuple[float, bool]]:
+        """Of (context, continuation) pairs, both of at least one token: the continuation's log-probability, and whether
+        it is what greedy decoding writes. The first `prefix` tokens are the same in all contexts (and fewer than any
+        has); the model need read them only once, for later calls with the same ones too."""
+        ...
+
+    def generate_until(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[str] = (),
+                       prefix: int = 0) -> list[str]:
+        """Greedy text after each prompt, without the stop string that ended it."""
+        ...

@@ -1,0 +1,101 @@
+"""The ways an engine can read the same tokens, as `Path`s for `agreement.compare`.
+
+All take an `Engine` of any device; nothing here knows one. Each must give what reading the whole text in one go gives,
+up to rounding: it is what chat, serving and the prefix cache rely on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hybridlm.evals.agreement import Budget, Path, Rows
+
+__all__ = ["EIGHT_BIT", "EXACT", "Pair", "among_others", "in_pieces", "pairs_of", "saved_and_loaded", "token_by_token",
+           "whole"]
+
+# Measured on the 22M model: float32 kernels agree to 4e-13 on average and 6e-12 at worst. Activations rounded to 8 bits
+# amplify the last bit of what goes into the rounding, so that every two paths differ by it: 5e-4 and 3e-3.
+EXACT = Budget(mean_kl=1e-7, max_kl=1e-5)
+EIGHT_BIT = Budget(mean_kl=5e-3, max_kl=5e-2, top1=0.999)
+
+Pair = tuple[Path, Path, Budget]  # reference, other, what they may differ by
+
+_SLAB = 256  # tokens whose logits exist at a time
+
+
+def whole(engine: Any, name: str = "in one go") -> Path:
+    """In slabs, with the chunked form of the delta rule: how a prompt is read."""
+    def rows(tokens: np.ndarray) -> Rows:
+        session = engine.session()
+        for at in range(0, len(tokens), _SLAB):
+            yield engine.step([(session, tokens[at:at + _SLAB])], every=True)
+
+    return Path(name, rows)
+
+
+def token_by_token(engine: Any, name: str = "token by token") -> Path:
+    """With the recurrent form: how text is generated."""
+    def rows(tokens: np.ndarray) -> Rows:
+        session = engine.session()
+        for token in tokens:
+            yield engine.step([(session, [token])])
+
+    return Path(name, rows)
+
+
+def in_pieces(engine: Any, name: str = "in odd pieces", seed: int = 0) -> Path:
+    """In pieces of 1 to 97 tokens, each going on from a copy of the state: how the prefix cache is used."""
+    def rows(tokens: np.ndarray) -> Rows:
+        session = engine.session()
+        for piece in _pieces(tokens, 97, seed):
+            yield engine.step([(session, piece)], every=True)
+            session.restore(session.snapshot())
+
+    return Path(name, rows)
+
+
+def among_others(engine: Any, name: str = "beside three others", seed: int = 0) -> Path:
+    """In passes shared with three other sequences of other lengths: how a server reads."""
+    def rows(tokens: np.ndarray) -> Rows:
+        rng = np.random.default_rng(seed)
+        mine = engine.session()
+        others: list[Any] = [engine.session() for _ in range(3)]
+        for piece in _pieces(tokens, 61, seed):
+            for i, other in enumerate(others):
+                if other.position + 40 > engine.context:
+                    others[i] = engine.session()
+            batch = [(other, np.asarray(rng.choice(tokens, int(rng.integers(1, 40))))) for other in others]
+            batch.insert(1, (mine, piece))
+            before = len(batch[0][1])
+            yield engine.step(batch, every=True)[before:before + len(piece)]
+
+    return Path(name, rows)
+
+
+def saved_and_loaded(engine: Any, name: str = "saved and loaded") -> Path:
+    """The state turned into bytes and back between pieces: how a conversation outlives its process."""
+    def rows(tokens: np.ndarray) -> Rows:
+        session = engine.session()
+        for piece in _pieces(tokens, 211, 1):
+            yield engine.step([(session, piece)], every=True)
+            session.restore(type(session.state).from_bytes(session.snapshot().to_bytes(), engine.layout))
+
+    return Path(name, rows)
+
+
+def pairs_of(engine: Any, budget: Budget, label: str = "") -> list[Pair]:
+    """Every way to read with one engine, against reading in one go."""
+    ways = (token_by_token(engine), in_pieces(engine), among_others(engine), saved_and_loaded(engine))
+    return [(whole(engine, f"{label}in one go"), Path(label + way.name, way.rows), budget) for way in ways]
+
+
+def _pieces(tokens: np.ndarray, most: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    at = 0
+    while at < len(tokens):
+        length = int(rng.integers(1, most + 1))
+        yield tokens[at:at + length]
+        at += length
