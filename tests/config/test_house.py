@@ -24,11 +24,12 @@ MAY = {
     "store": {"config", "formats", "quantize"},
     "data": {"config", "text"},
     "evals": {"text", "data"},
-    "train": {"config", "text", "data", "model", "evals", "formats"},
+    "integrations": {"ops"},
+    "train": {"config", "text", "data", "ops", "model", "evals", "formats"},
 }
 # Meant so, against the table: a method of convenience that imports when called; an adapter that nothing else imports.
 EXCEPT = {("config.py", "formats", False), ("evals/torch_scorer.py", "model", True)}
-TORCH = ("ops/", "model/", "train/", "evals/torch", "engine/cuda", "quickstart.py", "cli/train.py", "cli/quickstart.py")
+TORCH = ("ops/", "model/", "train/", "integrations/", "evals/torch", "engine/cuda", "quickstart.py", "cli/train.py", "cli/quickstart.py")
 TORCH_MODULES = {"torch", "triton", "transformers", "tensorboard"}
 
 

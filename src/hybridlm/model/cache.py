@@ -20,14 +20,12 @@ __all__ = ["Cache", "DeltaNetCache", "KVCache"]
 
 @dataclass(slots=True)
 class DeltaNetCache:
-    q: Tensor | None = None  # [B, W - 1, Hk K], the convolution's last inputs
-    k: Tensor | None = None
-    v: Tensor | None = None  # [B, W - 1, Hv V]
+    conv: Tensor | None = None  # [B, W - 1, 2 Hk K + Hv V], the convolution's last inputs: q, k and v side by side
     state: Tensor | None = None  # [B, Hv, K, V], float32 at least
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.q, self.k, self.v, self.state) if t is not None)
+        return sum(t.nbytes for t in (self.conv, self.state) if t is not None)
 
     def copy(self) -> DeltaNetCache:
         return copy(self)  # its tensors are replaced, never written to

@@ -35,7 +35,7 @@ from hybridlm.model.block import AttentionBlock, DeltaNetBlock
 from hybridlm.model.cache import Cache
 from hybridlm.model.gated_deltanet import Convolution, GatedDeltaNet
 from hybridlm.model.layers import Embedding, Linear, RMSNorm
-from hybridlm.ops import documents_of, positions_of, rope_tables
+from hybridlm.ops import attention_mask, documents_of, positions_of, rope_tables
 
 __all__ = ["HybridLM"]
 
@@ -111,9 +111,12 @@ class HybridLM(nn.Module):
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         tables = self._rope_tables(input_ids, 0 if cache is None else cache.position, documents, x.dtype)
+        windows = [self.config.window_of(i) for i in range(self.config.num_hidden_layers)]
+        masks = {window: attention_mask(x.shape[1], window=window, documents=documents, device=x.device)
+                 for window in set(windows)} if cache is None else {}
         for i, block in enumerate(self.model.layers):
             if cache is None:
-                x = block(x, None, documents, tables[i])
+                x = block(x, None, documents, tables[i], masks[windows[i]])
             else:  # lengths change from call to call: never the compiled form
                 x = block.forward(x, cache.layers[i], None, tables[i])
         if cache is not None:
