@@ -1,0 +1,121 @@
+"""CUDA source to a kernel on this process's GPU, through the NVRTC that PyTorch ships: no nvcc, no build step.
+
+Compiled code is kept on disk (HYBRIDLM_CACHE, else XDG_CACHE_HOME/hybridlm, else ~/.cache/hybridlm) under a hash of
+the source, the options and NVRTC's version; a kernel is loaded once per device and process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from hybridlm.errors import HybridLMError
+
+__all__ = ["Kernel", "compile_source", "driver", "load"]
+
+_OPTIONS = ("--std=c++17", "--gpu-architecture=sm_90a")
+_FUNCTION_MAX_DYNAMIC_SHARED = 8
+
+
+class CudaError(HybridLMError):
+    """The CUDA driver or compiler refused."""
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """PyTorch's own NVRTC, or the system's of the same major version."""
+    major = (torch.version.cuda or "0").split(".")[0]
+    packages = Path(torch.__file__).parent.parent / "nvidia"
+    places = [*packages.glob(f"cu{major}/lib/libnvrtc.so.{major}"), *packages.glob(f"cuda_nvrtc/lib/libnvrtc.so.{major}"),
+              *Path(torch.__file__).parent.glob(f"lib/libnvrtc*.so.{major}")]
+    for place in [*map(str, places), f"libnvrtc.so.{major}"]:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(place)
+    raise CudaError(f"no libnvrtc.so.{major} beside PyTorch or on the library path: install nvidia-cuda-nvrtc")
+
+
+@cache
+def driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as e:
+        raise CudaError(f"no CUDA driver: {e}") from None
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        name = ctypes.c_char_p()
+        driver().cuGetErrorString(status, ctypes.byref(name))
+        raise CudaError(f"{what}: {(name.value or b'unknown error').decode()} ({status})")
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("HYBRIDLM_CACHE") or Path(home) / "hybridlm") / "cuda"
+
+
+def compile_source(source: str) -> bytes:
+    """Machine code for sm_90a, from the cache on disk where it was compiled before."""
+    nvrtc = _nvrtc()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    key = hashlib.sha256(repr((source, _OPTIONS, major.value, minor.value)).encode()).hexdigest()[:32]
+    path = _cache_folder() / f"{key}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    options = (ctypes.c_char_p * len(_OPTIONS))(*(o.encode() for o in _OPTIONS))
+    status = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), options)
+    size = ctypes.c_size_t()
+    if status:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise CudaError(f"NVRTC could not compile a kernel:\n{log.value.decode(errors='replace')}")
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second at the next start, no more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
+            f.write(code.raw)
+        os.replace(f.name, path)
+    return code.raw
+
+
+class Kernel:
+    """A loaded kernel. Call it with a grid, the block's threads, and one ctypes structure of parameters."""
+
+    def __init__(self, code: bytes, name: str, shared: int) -> None:
+        """`shared`: bytes of dynamic shared memory a block takes."""
+        torch.cuda.current_stream()  # makes PyTorch's context current
+        self._module, self._function, self._shared = ctypes.c_void_p(), ctypes.c_void_p(), shared
+        _check(driver().cuModuleLoadData(ctypes.byref(self._module), code), "loading a kernel")
+        _check(driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), name)
+        _check(driver().cuFuncSetAttribute(self._function, _FUNCTION_MAX_DYNAMIC_SHARED, shared), name)
+
+    def __call__(self, grid: int, threads: int, parameters: ctypes.Structure) -> None:
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(driver().cuLaunchKernel(self._function, grid, 1, 1, threads, 1, 1, self._shared, stream, pointer, None),
+               "launching a kernel")
+
+
+@cache
+def _load(source: str, name: str, shared: int, device: int) -> Kernel:
+    with torch.cuda.device(device):
+        return Kernel(compile_source(source), name, shared)
+
+
+def load(source: str, name: str, shared: int) -> Kernel:
+    """The kernel `name` of `source` on the current device."""
+    return _load(source, name, shared, torch.cuda.current_device())

@@ -1,0 +1,180 @@
+// What a chunk's writes do to each other, for all chunks at once: the tiles and scalars that the scan reads.
+//
+// A block of four warps takes one (chunk, head): two Gram products on the tensor cores, decays, then the unit lower
+// triangular inverse by forward substitution in float32, a column to a thread. With G the running sum of log decays,
+// D_ij = exp(G_i - G_j) and r = 1 / |k| (or 1 without l2 norm):
+//
+//     L_ij = beta_i D_ij k_i.k_j r_i r_j (i > j)     T = (I + L)^-1     P_ij = scale D_ij q_i.k_j (i >= j)
+//
+// What leaves, per chunk and head: T and P row by row in bf16; the factors b = beta, f = beta exp(G) r,
+// i = exp(G) t, e = exp(G_C - G) r, then G, r and t = scale / |q|, 64 tokens each; and exp(G_C).
+
+struct Prepare {
+    const bf16 *q, *k;              // [tokens, HK, K]
+    const float *g, *beta;          // [tokens, H]
+    const int *bounds, *offsets;    // [sequences + 1]: first token and first chunk of each; null: `time` tokens each
+    bf16 *inverse, *scores;         // [chunks, H, 64, 64]
+    float *factors, *carry;         // [chunks, H, 7, 64], [chunks, H]
+    int heads, key_heads, time, sequences, normalise;
+    float scale;
+};
+
+constexpr int TILE = CHUNK / 8 * GROUP, KEY_TILE = K / 8 * GROUP;
+constexpr int PITCH = 72;  // floats from row to row of L, which lies over k and q once their products are done
+constexpr int AT_T = 2 * KEY_TILE > CHUNK * PITCH * 4 ? 2 * KEY_TILE : CHUNK * PITCH * 4, AT_P = AT_T + TILE;
+constexpr int AT_GATES = AT_P + TILE;  // G, beta, r, t: 64 floats each
+
+// x_i = e_i - sum over j < i of L_ij x_j, column FIRST + lane of T, into its tile in bf16.
+template <int FIRST> __device__ __forceinline__ void substitute(u32 lower, unsigned char* tile, int lane) {
+    float x[CHUNK - FIRST];
+    const int column = FIRST + lane;
+    bf16* const to = (bf16*)(tile + column / 8 * GROUP) + column % 8;
+#pragma unroll
+    for (int i = FIRST; i < CHUNK; ++i) {
+        float sum[4] = {column == i ? 1.f : 0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int j = FIRST; j < i; j += 4) {
+            const float4 l = load_shared_four(lower + (i * PITCH + j) * 4);
+            sum[0] -= l.x * x[j - FIRST];
+            if (j + 1 < i) sum[1] -= l.y * x[j + 1 - FIRST];
+            if (j + 2 < i) sum[2] -= l.z * x[j + 2 - FIRST];
+            if (j + 3 < i) sum[3] -= l.w * x[j + 3 - FIRST];
+        }
+        const float y = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        x[i - FIRST] = y;
+        to[i * 8] = (bf16)pack(y, 0.f);
+    }
+    if (FIRST)
+#pragma unroll
+        for (int i = 0; i < FIRST; ++i) to[i * 8] = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_constant__ Prepare s) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    const u32 base = shared_address(memory);
+    float* const gates = (float*)(memory + AT_GATES);
+    const int head = blockIdx.x % s.heads, chunk = blockIdx.x / s.heads, key_head = head / (s.heads / s.key_heads);
+    const int thread = threadIdx.x, warp = __shfl_sync(0xffffffff, thread / 32, 0), lane = thread % 32;
+    long first;
+    int rows;
+    if (s.bounds) {
+        if (chunk >= s.offsets[s.sequences]) return;
+        int low = 0, high = s.sequences;  // the sequence with offsets[n] <= chunk < offsets[n + 1]
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            if (s.offsets[middle] <= chunk) low = middle;
+            else high = middle;
+        }
+        first = s.bounds[low] + (chunk - s.offsets[low]) * CHUNK;
+        rows = min(CHUNK, int(s.bounds[low + 1] - first));
+    } else {
+        const int chunks = (s.time + CHUNK - 1) / CHUNK, n = chunk % chunks;
+        first = (long)(chunk / chunks) * s.time + n * CHUNK;
+        rows = min(CHUNK, s.time - n * CHUNK);
+    }
+    const long record = (long)chunk * s.heads + head;
+    const long pitch = (long)s.key_heads * K, start = first * pitch + key_head * K;
+    bring<K>(base, s.k + start, pitch, rows, thread);
+    bring<K>(base + KEY_TILE, s.q + start, pitch, rows, thread);
+    if (warp == 0) {
+        const int t0 = 2 * lane, t1 = t0 + 1;
+        const float* g = s.g + first * s.heads + head;
+        // the floor's exp is 0, and keeps a reset (-inf) from making inf - inf
+        float x = t0 < rows ? fmaxf(g[(long)t0 * s.heads], -110.f) : 0.f;
+        float y = t1 < rows ? fmaxf(g[(long)t1 * s.heads], -110.f) : 0.f;
+        float sum = x + y;
+        for (int i = 1; i < 32; i *= 2) {
+            const float other = __shfl_up_sync(0xffffffff, sum, i);
+            if (lane >= i) sum += other;
+        }
+        gates[t0] = sum - y, gates[t1] = sum;
+    } else if (warp < 3) {
+        const int t = thread - 32;
+        gates[64 + t] = t < rows ? s.beta[(first + t) * s.heads + head] : 0.f;
+    }
+    wait_copies();
+    fence_async();
+    __syncthreads();
+
+    // Gram products: each warp's 16 rows of k and q against all k
+    float kk[32], qk[32];
+    {
+        u32 left[K / 4];
+        const u32 corner = base + lane / 16 * GROUP + (warp * 16 + lane / 8 % 2 * 8 + lane % 8) * 16;
+#pragma unroll
+        for (int i = 0; i < K / 16; ++i) load_matrix(left + 4 * i, corner + 2 * i * GROUP);
+        mma_fence();
+        product<K / 16>(kk, left, by_columns(base), false);
+        mma_commit();
+        mma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < K / 16; ++i) load_matrix(left + 4 * i, corner + KEY_TILE + 2 * i * GROUP);
+        mma_fence();
+        product<K / 16>(qk, left, by_columns(base), false);
+        mma_commit();
+    }
+    {  // lengths: k by the first 64 threads, q by the others
+        const u32 row = base + thread / 64 * KEY_TILE + thread % 64 * 16;
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < K / 8; ++i) {
+            const uint4 x = load_shared16(row + i * GROUP);
+            sum += low(x.x) * low(x.x) + high(x.x) * high(x.x) + low(x.y) * low(x.y) + high(x.y) * high(x.y)
+                 + low(x.z) * low(x.z) + high(x.z) * high(x.z) + low(x.w) * low(x.w) + high(x.w) * high(x.w);
+        }
+        gates[128 + thread] = (s.normalise ? rsqrtf(sum + 1e-6f) : 1.f) * (thread < 64 ? 1.f : s.scale);
+    }
+    mma_wait<0>();
+    __syncthreads();
+
+    // L to shared memory, P to the record
+    {
+        const int pair = lane % 4 * 2;
+        float* const lower = (float*)(memory);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int column = j * 8 + pair;
+            const float2 gc = *(const float2*)(gates + column), kc = *(const float2*)(gates + 128 + column);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = warp * 16 + lane / 4 + r * 8;
+                const float gr = gates[row], lr = gates[128 + row] * gates[64 + row], pr = gates[192 + row];
+                const float d0 = row >= column ? exponential(gr - gc.x) * kc.x : 0.f;
+                const float d1 = row >= column + 1 ? exponential(gr - gc.y) * kc.y : 0.f;
+                float2 l;
+                l.x = row > column ? kk[4 * j + 2 * r] * lr * d0 : 0.f;
+                l.y = row > column + 1 ? kk[4 * j + 2 * r + 1] * lr * d1 : 0.f;
+                *(float2*)(lower + row * PITCH + column) = l;
+                *(u32*)(memory + AT_P + j * GROUP + row * 16 + pair * 2)
+                    = pack(qk[4 * j + 2 * r] * pr * d0, qk[4 * j + 2 * r + 1] * pr * d1);
+            }
+        }
+        if (warp < 2) {
+            const int t = thread;
+            const float g = gates[t], last = gates[63], into = exponential(g);
+            const float k = t < rows ? gates[128 + t] : 0.f, q = t < rows ? gates[192 + t] : 0.f;
+            float* const to = s.factors + record * 448 + t;
+            to[0] = gates[64 + t];
+            to[64] = gates[64 + t] * into * k;
+            to[128] = into * q;
+            to[192] = exponential(last - g) * k;
+            to[256] = g;
+            to[320] = k;
+            to[384] = q;
+            if (t == 63) s.carry[record] = into;
+        }
+    }
+    __syncthreads();
+
+    // Forward substitution, a column to a thread, takes two of the four warps; which two goes round with the blocks,
+    // so that all four schedulers of the multiprocessor get their share. The others send P off.
+    const int turn = (warp + blockIdx.x) % 4;
+    if (turn == 0) substitute<0>(base, memory + AT_T, lane);
+    else if (turn == 1) substitute<32>(base, memory + AT_T, lane);
+    else
+        for (int i = (turn - 2) * 32 + lane; i < 512; i += 64)
+            ((uint4*)(s.scores + record * 4096))[i] = load_shared16(base + AT_P + i % 8 * GROUP + i / 8 * 16);
+    __syncthreads();
+    for (int i = thread; i < 512; i += 128)
+        ((uint4*)(s.inverse + record * 4096))[i] = load_shared16(base + AT_T + i % 8 * GROUP + i / 8 * 16);
+}
