@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridlm.config import HybridConfig, Rope
-from hybridlm.engine.cuda_prefill import chunked_delta_rule, segment_attention
+from hybridlm.engine.cuda_prefill import chunked_delta_rule, segment_attention, side_by_side
 from hybridlm.engine.cuda_state import KV_DTYPES, CudaState
 from hybridlm.engine.cuda_weights import Part
 from hybridlm.engine.layout import PAGE, Layout
 from hybridlm.engine.walk import Batch, Segment
 from hybridlm.engine.weights import DeltaNetLayer, Weights
-from hybridlm.ops import apply_rope, rms_norm, rope_tables
+from hybridlm.ops import apply_rope, rms_norm, rope_tables, swiglu
 
 __all__ = ["CUDA", "GRAPHS"]
 
@@ -142,7 +142,8 @@ class CUDA:
 
     def run(self, layers: Callable[[], Any]) -> Tensor:
         if self._step is None:
-            return self._value(layers())
+            with torch.no_grad():
+                return self._value(layers())
         if self._step not in self._recorded:
             self._recorded[self._step] = self._record(layers, self._step)
         graph, rows, hidden = self._recorded[self._step]
@@ -150,6 +151,7 @@ class CUDA:
         graph.replay()
         return hidden
 
+    @torch.no_grad()
     def _record(self, layers: Callable[[], Any], rows: int) -> tuple[Any, Rows, Tensor]:
         """Record a step of so many rows. With all addresses 0 nothing is read or written but the rows themselves."""
         self._rows = Rows(torch.zeros(4 + 2 * self._groups, rows, dtype=torch.int64, device=self.device), self._groups)
@@ -189,7 +191,7 @@ class CUDA:
     def swiglu(self, gate: Any, up: Any) -> Tensor:
         if isinstance(gate, Gated):
             return self._k[1].skinny_linear(gate.x, gate.weight, self._workspace, glu=gate.half)
-        return F.silu(gate) * up
+        return swiglu(side_by_side(gate, up))
 
     def rope(self, x: Normed, rope: Rope, batch: Batch) -> Normed:
         return Normed(x.x, x.weight, x.eps, rope)

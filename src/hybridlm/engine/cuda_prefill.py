@@ -13,9 +13,19 @@ from hybridlm.config import HybridConfig
 from hybridlm.engine.cuda_state import KV_DTYPES, CudaPages, CudaState
 from hybridlm.engine.layout import PAGE
 from hybridlm.engine.weights import DeltaNetLayer
-from hybridlm.ops import chunk_gated_delta_rule, fused_attention, gated_rms_norm, short_convolution
+from hybridlm.ops import chunk_gated_delta_rule, fused_attention, gated_rms_norm, short_convolutions
 
-__all__ = ["chunked_delta_rule", "segment_attention"]
+__all__ = ["chunked_delta_rule", "segment_attention", "side_by_side"]
+
+
+def side_by_side(*parts: Tensor) -> Tensor:
+    """Columns [T, n_i] as one tensor [T, sum of n_i]: a view where they are neighbours in one, as products leave them."""
+    first, size, end = parts[0], sum(x.shape[1] for x in parts), parts[0].data_ptr()
+    for x in parts:
+        if x.data_ptr() != end or x.stride() != first.stride() or first.stride(0) < size:
+            return torch.cat(parts, 1)
+        end += x.shape[1] * x.element_size()
+    return first.as_strided((len(first), size), first.stride())
 
 
 def chunked_delta_rule(c: HybridConfig, w: DeltaNetLayer, state: CudaState, slot: int, inputs: tuple[Tensor, ...],
@@ -29,12 +39,11 @@ def chunked_delta_rule(c: HybridConfig, w: DeltaNetLayer, state: CudaState, slot
     ring, taps = state.conv[slot], w.conv_q.data[:, :2 * keys + values].T
     width = len(ring)
     start = (position + 1) % width  # of the oldest input that still counts
-    past = torch.cat([ring[start:], ring[:start]])[:width - 1] if width > 1 else ring[:0]
-    mixed, _ = short_convolution(torch.cat(qkv, 1)[None], taps, past[None])
+    past = torch.cat([ring[start:], ring[:start]])[:width - 1]
+    x = side_by_side(*qkv)
+    (q, k, v), _ = short_convolutions(x[None], [t.contiguous() for t in taps.split([keys, keys, values])], past[None])
     for i in range(max(0, time - width), time):
-        place = ring[(position + i) % width]
-        place[:keys], place[keys:2 * keys], place[2 * keys:] = (x[i] for x in qkv)
-    q, k, v = mixed.split([keys, keys, values], -1)
+        ring[(position + i) % width] = x[i]
     decay = w.ssm_a * F.softplus(a.float() + w.dt_bias)
     beta = (2.0 if c.linear_allow_neg_eigval else 1.0) * b.float().sigmoid()
     o, final = chunk_gated_delta_rule(

@@ -179,6 +179,11 @@ class State:
         """Another state of this layout, where this one is; see `rebuild`."""
         return State.rebuild(self.layout, tokens, own, blocks)
 
+    def loaded(self, data: bytes | bytearray | memoryview) -> State:
+        """Another state of this layout, where this one is, from bytes; see `from_bytes`."""
+        view = memoryview(data)
+        return self.read(io.BytesIO(view), len(view), "state", self.layout, like=self)
+
     @staticmethod
     def block(data: Any) -> np.ndarray:
         """A page from its bytes."""

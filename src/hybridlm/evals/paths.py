@@ -81,7 +81,7 @@ def saved_and_loaded(engine: Any, name: str = "saved and loaded") -> Path:
         session = engine.session()
         for piece in _pieces(tokens, 211, 1):
             yield engine.step([(session, piece)], every=True)
-            session.restore(type(session.state).from_bytes(session.snapshot().to_bytes(), engine.layout))
+            session.restore(session.state.loaded(session.snapshot().to_bytes()))
 
     return Path(name, rows)
 
