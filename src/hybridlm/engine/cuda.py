@@ -38,6 +38,16 @@ FEW = 64  # rows up to which a product is bound by reading the weights
 SLAB = 8192  # rows of a pass
 
 
+def plan(rows: int, cols: int, glu: bool = False) -> dict[str, Any]:
+    """How to divide a skinny product with a weight [rows, cols]: by its shape alone, never by the batch. Measured on an
+    H200; narrow weights are split along their columns until all processors load."""
+    if glu:
+        return {"block": (64, 128), "stages": 4}
+    if rows >= 16_384:
+        return {"block": (64, 256), "stages": 4}
+    return {"block": (32, 256), "stages": 4, "split": 2 if rows < 8192 and cols >= 1024 else 1}
+
+
 class Rows:
     """What a pass needs to know of its rows, int64 on the device, one line each: token ids, positions, addresses of
     recurrent states and convolutions (0 for a row of a longer stretch), then for each group of attention layers the
@@ -103,6 +113,14 @@ class CUDA:
 
             self._k: Any = (decode, gemv, paged_attention)
             self._workspace = gemv.Workspace(device)
+            # Where the chip can, each kernel of a step starts while the one before it ends, and waits for its results.
+            self._overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+            self._gdn_decode: Any = decode.gdn_decode
+            if device.type == "cuda":
+                from hybridlm.ops.cuda import decode as native
+
+                if native.supported(dtype, config.key_dim, config.value_dim, device):
+                    self._gdn_decode = native.gdn_decode
             floats, ints = paged_attention.attention_room(FEW, config.num_attention_heads, config.kv_heads,
                                                           config.head_dim) if self._groups else (1, 1)
             self._parts = torch.empty(floats, dtype=torch.float32, device=device)
@@ -190,7 +208,8 @@ class CUDA:
 
     def swiglu(self, gate: Any, up: Any) -> Tensor:
         if isinstance(gate, Gated):
-            return self._k[1].skinny_linear(gate.x, gate.weight, self._workspace, glu=gate.half)
+            return self._k[1].skinny_linear(gate.x, gate.weight, self._workspace, glu=gate.half,
+                                                overlap=self._overlap, **plan(gate.half, gate.x.shape[1], True))
         return swiglu(side_by_side(gate, up))
 
     def rope(self, x: Normed, rope: Rope, batch: Batch) -> Normed:
@@ -212,14 +231,17 @@ class CUDA:
         """Float32 [n, vocab]."""
         if self._skinny(x):
             out = torch.empty(len(x), weight.last, dtype=torch.float32, device=self.device)
-            return self._k[1].skinny_linear(x, weight.data, self._workspace, out=out)
+            return self._k[1].skinny_linear(x, weight.data, self._workspace, out=out,
+                                            **plan(weight.last, x.shape[1]))
         return F.linear(x, weight.data).float()
 
     def _skinny(self, x: Tensor) -> bool:
         return self.kernels and (self.invariant or len(x) <= FEW)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._k[1].skinny_linear(x, weight, self._workspace) if self._skinny(x) else F.linear(x, weight)
+        if not self._skinny(x):
+            return F.linear(x, weight)
+        return self._k[1].skinny_linear(x, weight, self._workspace, overlap=self._overlap, **plan(*weight.shape))
 
     def _value(self, x: Any) -> Tensor:
         """Redeem a promise."""
@@ -228,7 +250,9 @@ class CUDA:
                 self._add_norm(x, None, 0.0)
             return x.x
         if isinstance(x, Normed):
-            return rms_norm(x.x, x.weight, x.eps) if not self.kernels else self._k[0].add_norm(x.x, None, x.weight, x.eps)
+            if not self.kernels:
+                return rms_norm(x.x, x.weight, x.eps)
+            return self._k[0].add_norm(x.x, None, x.weight, x.eps, overlap=self._overlap)
         return x
 
     def _add_norm(self, s: Sum, weight: Tensor | None, eps: float) -> Tensor | None:
@@ -237,7 +261,8 @@ class CUDA:
         inner = s.y if isinstance(s.y, Normed) else None
         y = inner.x if inner else s.y
         if self.kernels:
-            return self._k[0].add_norm(s.x, y, weight, eps, inner.weight if inner else None, inner.eps if inner else 0.0)
+            return self._k[0].add_norm(s.x, y, weight, eps, inner.weight if inner else None, inner.eps if inner else 0.0,
+                                       self._overlap)
         s.x = s.x + self._value(s.y)
         return None if weight is None else rms_norm(s.x, weight, eps)
 
@@ -272,25 +297,25 @@ class CUDA:
         rows = slice(first, last)
         at = self._rows
         self._decode(slot, w, tuple(x[rows] for x in inputs), at.recurrent[rows], at.conv[rows], at.positions[rows],
-                     out[rows])
+                     out[rows], self._overlap)
 
     def _delta_steps(self, slot: int, w: DeltaNetLayer, state: CudaState, inputs: tuple[Tensor, ...], out: Tensor,
                      addresses: Tensor, position: int) -> None:
-        """Token after token of one sequence."""
+        """Token after token of one sequence. Without overlap: each reads what the one before it has just written."""
         positions = torch.arange(position, position + len(out), device=self.device)
         for t in range(len(out)):
             row = tuple(x[t:t + 1] for x in inputs)
             if self.kernels:
-                self._decode(slot, w, row, addresses[:1], addresses[1:], positions[t:t + 1], out[t:t + 1])
+                self._decode(slot, w, row, addresses[:1], addresses[1:], positions[t:t + 1], out[t:t + 1], False)
             else:
                 out[t:t + 1] = chunked_delta_rule(self.config, w, state, slot, row, position + t)
 
     def _decode(self, slot: int, w: DeltaNetLayer, inputs: tuple[Tensor, ...], recurrent: Tensor, conv: Tensor,
-                positions: Tensor, out: Tensor) -> None:
+                positions: Tensor, out: Tensor, overlap: bool) -> None:
         c = self.config
-        self._k[0].gdn_decode(*inputs, (w.conv_q.taps, w.conv_k.taps, w.conv_v.taps), w.ssm_a, w.dt_bias, w.norm,
-                              recurrent, conv, positions, out, layer=slot, heads=(c.key_heads, c.value_heads),
-                              eps=c.gdn_norm_eps, strength=2.0 if c.linear_allow_neg_eigval else 1.0)
+        self._gdn_decode(*inputs, (w.conv_q.taps, w.conv_k.taps, w.conv_v.taps), w.ssm_a, w.dt_bias, w.norm,
+                         recurrent, conv, positions, out, layer=slot, heads=(c.key_heads, c.value_heads),
+                         eps=c.gdn_norm_eps, strength=2.0 if c.linear_allow_neg_eigval else 1.0, overlap=overlap)
 
     def _delta_chunks(self, slot: int, w: DeltaNetLayer, state: CudaState, inputs: tuple[Tensor, ...], out: Tensor,
                       position: int) -> None:
@@ -311,13 +336,14 @@ class CUDA:
             attend, queries, at = self._k[2], torch.empty_like(out), self._rows
             freq = self._inv_freq[q.rope] if q.rope else None
             attend.store_qkv(q.x, k.x, v, q.weight, k.weight, freq, at.tables[group], at.positions, queries, layer=slot,
-                             width=width, eps=q.eps, rope_scale=q.rope.scale if q.rope else 1.0, dtype=self.kv_dtype)
+                             width=width, eps=q.eps, rope_scale=q.rope.scale if q.rope else 1.0, dtype=self.kv_dtype,
+                             overlap=self._overlap)
             first, last = self._singles
             for a in range(first, last, FEW):
                 rows = slice(a, min(a + FEW, last))
                 attend.decode_attention(queries[rows], at.step_tables[group][rows], at.positions[rows], out[rows],
                                         self._parts, self._counters, layer=slot, kv_heads=heads, width=width,
-                                        window=seen, dtype=self.kv_dtype)
+                                        window=seen, dtype=self.kv_dtype, overlap=self._overlap)
             q_rows: Tensor = queries
         else:
             q_rows, keys = self._rotated(q), self._rotated(k)

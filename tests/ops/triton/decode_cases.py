@@ -18,7 +18,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def gdn(rows: int, HK: int, HV: int, K: int, V: int, *, W: int = 4, layers: int = 2, dtype=torch.float32,
-        device="cpu", seed: int = 0, warps: int = 8) -> dict[str, float]:
+        device="cpu", seed: int = 0, warps: int = 4) -> dict[str, float]:
     """One step of the second layer from random memory; row 1, if there is one, only fills up. Relative errors."""
     g = torch.Generator().manual_seed(seed)
 

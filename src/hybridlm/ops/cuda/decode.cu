@@ -48,7 +48,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gdn_decode(const _
     const int head = blockIdx.x % HV, row = blockIdx.x / HV, t = threadIdx.x, warp = t / 32, lane = t % 32;
     const long long address = p.recurrent[row];
     asm volatile("griddepcontrol.launch_dependents;");
-    if (!address) return;
+    if (!address) {  // not before the wait: what follows takes this kernel's end for that of all before it
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        return;
+    }
     float4* state = (float4*)address + ((long long)p.layer * HV + head) * (K * V / 4) + t;
     float4 s[ROWS];
 #pragma unroll

@@ -53,11 +53,12 @@ def _kernel(heads: tuple[int, int], K: int, V: int, W: int, narrow: bool, device
 
 def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tensor, taps: tuple[Tensor, Tensor, Tensor],
                ssm_a: Tensor, dt_bias: Tensor, norm: Tensor, recurrent: Tensor, conv: Tensor, positions: Tensor,
-               out: Tensor, *, layer: int, heads: tuple[int, int], eps: float, strength: float) -> None:
+               out: Tensor, *, layer: int, heads: tuple[int, int], eps: float, strength: float,
+               overlap: bool = False) -> None:
     """`hybridlm.ops.triton.decode.gdn_decode`, for sizes that `supported` accepts."""
     K, V = q.shape[1] // heads[0], v.shape[1] // heads[1]
     kernel, threads = _kernel(heads, K, V, taps[0].shape[0], q.dtype == torch.bfloat16, q.device.index or 0)
     pointers = [x.data_ptr() for x in (q, k, v, a, b, gate, *taps, ssm_a, dt_bias, norm, recurrent, conv, positions,
                                        out)]
     kernel(q.shape[0] * heads[1], threads, _Parameters(*pointers, q.stride(0), out.stride(0), taps[0].stride(0), layer,
-                                                        eps, K**-0.5, strength))
+                                                        eps, K**-0.5, strength), overlap)

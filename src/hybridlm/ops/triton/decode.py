@@ -2,9 +2,9 @@
 and the per-head RMSNorm times SiLU(gate). And the residual sums and norms between the layers, fused.
 
 A decoding step reads each recurrent state once and writes it once; that traffic is the floor, and everything else
-happens in registers on the way. One program takes one value head of one row: its whole state, [K, V] in float32, is
-loaded before any of it is used, in tiles whose sides are powers of two that add up to K and V exactly (96 is 64 + 32,
-192 three times 64), so that no lane is idle.
+happens in registers on the way. One program takes one value head of one row, its state [K, V] in tiles whose sides are
+powers of two that add up to K and V exactly (96 is 64 + 32, 192 three times 64), so that no lane is idle. This form runs
+anywhere; on Hopper `ops/cuda/decode.cu` does the same, faster.
 
 Rows find their memory by address: `recurrent` and `conv` hold a pointer each, as int64 on the device, so a captured
 graph serves any sequences. Address 0 marks a row that only fills up the batch. The convolution's past is a ring of W
@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["add_norm", "gdn_decode"]
 
@@ -39,7 +40,10 @@ def _conv(x, taps, taps_stride, ring, channel, offset, position, mask, store,
 def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride, ssm_a, dt_bias, norm, recurrent, conv, positions,
                 out, out_stride, layer, eps, scale, strength,
                 HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-                K1: tl.constexpr, K2: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr, DTYPE: tl.constexpr):
+                K1: tl.constexpr, K2: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr, DTYPE: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     address = tl.load(recurrent + row)
     if address == 0:
@@ -49,16 +53,8 @@ def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride
     ring = tl.multiple_of(tl.load(conv + row).to(tl.pointer_type(DTYPE)), 16)
     ring += layer.to(tl.int64) * W * (2 * HK * K + HV * V)
 
-    # All of the state is on its way before anything waits.
     rk1, rk2, rv = tl.arange(0, K1), K1 + tl.arange(0, K2), tl.arange(0, BV)
     NV: tl.constexpr = (V + BV - 1) // BV
-    upper, lower = (), ()
-    for i in tl.static_range(NV if AHEAD else 0):
-        c = i * BV + rv
-        upper = upper + (tl.load(state + rk1[:, None] * V + c[None, :], mask=(c < V)[None, :], other=0.0),)
-        lower = lower + (tl.load(state + rk2[:, None] * V + c[None, :], mask=(rk2 < K)[:, None] & (c < V)[None, :],
-                                 other=0.0),)
-
     CHANNELS: tl.constexpr = 2 * HK * K + HV * V
     key_head = head // (HV // HK)
     first = head % (HV // HK) == 0  # of the value heads that share these keys
@@ -82,11 +78,8 @@ def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride
     squares = 0.0
     for i in tl.static_range(NV):
         c = i * BV + rv
-        if AHEAD:
-            s1, s2 = upper[i] * decay, lower[i] * decay
-        else:
-            s1 = decay * tl.load(state + rk1[:, None] * V + c[None, :], mask=(c < V)[None, :], other=0.0)
-            s2 = decay * tl.load(state + rk2[:, None] * V + c[None, :], mask=in2[:, None] & (c < V)[None, :], other=0.0)
+        s1 = decay * tl.load(state + rk1[:, None] * V + c[None, :], mask=(c < V)[None, :], other=0.0)
+        s2 = decay * tl.load(state + rk2[:, None] * V + c[None, :], mask=in2[:, None] & (c < V)[None, :], other=0.0)
         read = tl.sum(s1 * k1[:, None], 0) + tl.sum(s2 * k2[:, None], 0)
         seen = tl.sum(s1 * q1[:, None], 0) + tl.sum(s2 * q2[:, None], 0)
         value = _conv(v + row * stride, taps_v, taps_stride, ring, head * V + c, 2 * HK * K, position, c < V, True, CHANNELS, W)
@@ -108,7 +101,8 @@ def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride
 def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tensor, taps: tuple[Tensor, Tensor, Tensor],
                ssm_a: Tensor, dt_bias: Tensor, norm: Tensor, recurrent: Tensor, conv: Tensor, positions: Tensor,
                out: Tensor, *, layer: int, heads: tuple[int, int], eps: float, strength: float,
-               num_warps: int = 8, ahead: bool = True, maxnreg: int | None = None) -> None:
+               overlap: bool = False,
+               num_warps: int = 4) -> None:
     """One step for B rows, in place.
 
     q, k [B, Hk K]; v, gate [B, Hv V]; a, b [B, Hv]: rows of one matrix, or with equal strides. taps: of the q, k and v
@@ -127,12 +121,15 @@ def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tens
     _gdn_decode[(value_heads, rows)](
         q, k, v, a, b, gate, q.stride(0), *taps, taps[0].stride(0), ssm_a, dt_bias, norm, recurrent, conv, positions, out, out.stride(0),
         layer, eps, K**-0.5, strength, HK=key_heads, HV=value_heads, K=K, V=V, W=taps[0].shape[0], K1=K1, K2=K2, BV=BV,
-        AHEAD=ahead, DTYPE=_TYPES[q.dtype], num_warps=num_warps, maxnreg=maxnreg)
+        OVERLAP=overlap, DTYPE=_TYPES[q.dtype], num_warps=num_warps, launch_pdl=overlap)
 
 
 @triton.jit
 def _add_norm(x, y, weight, inner, out, x_stride, y_stride, eps, inner_eps, D: tl.constexpr, BLOCK: tl.constexpr,
-              SUM: tl.constexpr, INNER: tl.constexpr, NORM: tl.constexpr):
+              SUM: tl.constexpr, INNER: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = c < D
     s = tl.load(x + row * x_stride + c, mask=mask, other=0.0)
@@ -152,7 +149,7 @@ def _add_norm(x, y, weight, inner, out, x_stride, y_stride, eps, inner_eps, D: t
 
 
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, inner: Tensor | None = None,
-             inner_eps: float = 0.0) -> Tensor | None:
+             inner_eps: float = 0.0, overlap: bool = False) -> Tensor | None:
     """x += y, or with `inner` x += RMSNorm(y; inner), for x, y [T, D]; then RMSNorm(x; weight), if there is one.
 
     Norms are taken of what x was rounded to, as without fusion. Weights float32 [D].
@@ -162,7 +159,7 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, inn
     y_stride = 0 if y is None else y.stride(0)
     _add_norm[(rows,)](x, y, weight, inner, out, x.stride(0), y_stride, eps, inner_eps, D=D,
                        BLOCK=triton.next_power_of_2(D), SUM=y is not None, INNER=inner is not None,
-                       NORM=weight is not None, num_warps=8 if D > 1024 else 4)
+                       NORM=weight is not None, OVERLAP=overlap, num_warps=8 if D > 1024 else 4, launch_pdl=overlap)
     return out
 
 

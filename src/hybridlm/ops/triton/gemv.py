@@ -16,14 +16,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["Workspace", "skinny_linear"]
+
+
+@triton.jit
+def _prefetch(at):
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
+                              pack=1)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _skinny(x, w, y, residual, parts, counters, rows, N, K, x_stride, w_stride, y_stride, r_stride, half,
             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, GLU: tl.constexpr,
-            ADD: tl.constexpr, EVEN: tl.constexpr):
+            ADD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr):
     block, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rn, rm, rk = block * BN + tl.arange(0, BN), group * BM + tl.arange(0, BM), tl.arange(0, BK)
     here = (rn < N)[:, None]
@@ -31,6 +38,14 @@ def _skinny(x, w, y, residual, parts, counters, rows, N, K, x_stride, w_stride, 
     first = split * steps
     w_at = w + rn.to(tl.int64)[:, None] * w_stride + rk[None, :]
     x_at = x + rm.to(tl.int64)[:, None] * x_stride + rk[None, :]
+    if OVERLAP:  # the first weights come into the cache while the kernel before this one finishes
+        gdc_launch_dependents()
+        line = first * BK + tl.arange(0, BK // 32) * 64  # 128 bytes each: twice BK, what two steps read
+        at = w + tl.minimum(rn, N - 1).to(tl.int64)[:, None] * w_stride + tl.minimum(line, K - 1)[None, :]
+        _prefetch(at)
+        if GLU:
+            _prefetch(at + half * w_stride)
+        gdc_wait()
     acc = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
     for step in range(first, min(first + steps, tl.cdiv(K, BK))):
@@ -83,12 +98,13 @@ class Workspace:
 
 def skinny_linear(x: Tensor, weight: Tensor, workspace: Workspace, *, residual: Tensor | None = None,
                   glu: int = 0, out: Tensor | None = None, block: tuple[int, int] = (64, 256), split: int = 1,
-                  stages: int = 4, warps: int = 4) -> Tensor:
+                  stages: int = 4, warps: int = 4, overlap: bool = False) -> Tensor:
     """x W^T for x [M, K] and weight [N, K], in x's dtype, accumulated in float32. `out` may have wider rows.
 
     residual [M, N] is added before rounding. With `glu` = N the weight is [2 N or more, K], gate above up, and the
     result SiLU(gate) * up. `block` (rows of W, columns), `split` and so on are the caller's, one choice for each weight:
-    another choice sums in another order.
+    another choice sums in another order. `overlap`: start before the kernel that precedes has ended, which needs
+    sm_90 and waits for it before reading x.
     """
     rows, K = x.shape
     N = glu or weight.shape[0]
@@ -102,5 +118,5 @@ def skinny_linear(x: Tensor, weight: Tensor, workspace: Workspace, *, residual: 
     _skinny[grid](x, weight, out, x if residual is None else residual, workspace.parts, workspace.counters, rows, N, K,
                   x.stride(0), weight.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), N,
                   BM=BM, BN=BN, BK=BK, SPLIT=split, GLU=glu > 0, ADD=residual is not None, EVEN=K % BK == 0,
-                  num_warps=warps, num_stages=stages)
+                  OVERLAP=overlap, num_warps=warps, num_stages=stages, launch_pdl=overlap)
     return out

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["decode_attention", "gather_pages", "store_qkv"]
 
@@ -24,7 +25,10 @@ SPLITS = 16
 @triton.jit(do_not_specialize=["layer", "window"])
 def _decode_attention(q, tables, positions, out, parts, counters, q_stride, out_stride, layer, window, scale,
                       HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-                      SPLIT: tl.constexpr, DTYPE: tl.constexpr):
+                      SPLIT: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     address = tl.load(tables + row)
     if address == 0:
@@ -88,7 +92,8 @@ def _decode_attention(q, tables, positions, out, parts, counters, q_stride, out_
 
 
 def decode_attention(q: Tensor, tables: Tensor, positions: Tensor, out: Tensor, parts: Tensor, counters: Tensor, *,
-                     layer: int, kv_heads: int, width: int, window: int, dtype: torch.dtype) -> None:
+                     layer: int, kv_heads: int, width: int, window: int, dtype: torch.dtype,
+                     overlap: bool = False) -> None:
     """softmax(q K^T / sqrt(d)) V for one token of each row.
 
     q, out [B, H d]; tables, positions int64 [B]; `layer` counts within the pages; `window` in tokens, 0 for all.
@@ -98,7 +103,8 @@ def decode_attention(q: Tensor, tables: Tensor, positions: Tensor, out: Tensor, 
     BG, BD = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(width))
     _decode_attention[(SPLITS, kv_heads, q.shape[0])](
         q, tables, positions, out, parts, counters, q.stride(0), out.stride(0), layer, window, width**-0.5,
-        HKV=kv_heads, GROUP=group, D=width, BG=BG, BD=BD, SPLIT=SPLITS, DTYPE=_TYPES[dtype], num_warps=4, num_stages=3)
+        HKV=kv_heads, GROUP=group, D=width, BG=BG, BD=BD, SPLIT=SPLITS, DTYPE=_TYPES[dtype],
+        OVERLAP=overlap, num_warps=4, num_stages=3, launch_pdl=overlap)
 
 
 def attention_room(rows: int, heads: int, kv_heads: int, width: int) -> tuple[int, int]:
@@ -111,7 +117,10 @@ def attention_room(rows: int, heads: int, kv_heads: int, width: int) -> tuple[in
 @triton.jit(do_not_specialize=["layer"])
 def _store_qkv(q, k, v, q_weight, k_weight, inv_freq, q_out, tables, positions, stride, out_stride, layer, eps,
                rope_scale, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-               ROPE: tl.constexpr, DTYPE: tl.constexpr):
+               ROPE: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     address = tl.load(tables + row)
     if address == 0:
@@ -155,7 +164,7 @@ def _normed(x, weight, inv_freq, position, eps, rope_scale, SIZE: tl.constexpr, 
 
 def store_qkv(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, inv_freq: Tensor | None,
               tables: Tensor, positions: Tensor, q_out: Tensor, *, layer: int, width: int, eps: float,
-              rope_scale: float, dtype: torch.dtype) -> None:
+              rope_scale: float, dtype: torch.dtype, overlap: bool = False) -> None:
     """Queries normed and rotated into `q_out`; keys, the same way, and values into the pages of their rows.
 
     q [T, H d], k, v [T, Hkv d] with equal row strides; weights float32; inv_freq float32 [d / 2] or None; tables,
@@ -166,7 +175,8 @@ def store_qkv(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tenso
     _store_qkv[(q.shape[0], 3)](
         q, k, v, q_weight, k_weight, q_weight if inv_freq is None else inv_freq, q_out, tables, positions,
         q.stride(0), q_out.stride(0), layer, eps, rope_scale, H=H, HKV=HKV, D=width, BQ=triton.next_power_of_2(H * width),
-        BK=triton.next_power_of_2(HKV * width), ROPE=inv_freq is not None, DTYPE=_TYPES[dtype], num_warps=16)
+        BK=triton.next_power_of_2(HKV * width), ROPE=inv_freq is not None, DTYPE=_TYPES[dtype],
+        OVERLAP=overlap, num_warps=16, launch_pdl=overlap)
 
 
 @triton.jit(do_not_specialize=["first", "layer"])
