@@ -176,10 +176,13 @@ def main() -> None:
     parser.add_argument("--preset", default="7b")
     parser.add_argument("--sections", default="decode,batch,prefill,invariant,peer")
     parser.add_argument("--lengths", default="2048,65536", help="tokens of the prefills")
+    parser.add_argument("--layers", type=int, default=0, help="only so many layers, for a trial")
     parser.add_argument("--json", default="")
     options = parser.parse_args()
     sections, lengths = options.sections.split(","), [int(n) for n in options.lengths.split(",")]
     config = HybridConfig.preset(options.preset).with_(max_position_embeddings=1 << 17)
+    if options.layers:
+        config = config.with_(layer_types=config.layer_types[:options.layers])
     rate = bandwidth()
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
                               "preset": options.preset, "bandwidth_tb_s": rate / 1e12}

@@ -65,22 +65,31 @@ def gdn(rows: int, HK: int, HV: int, K: int, V: int, *, W: int = 4, layers: int 
     return worst
 
 
-def linear(M: int, N: int, K: int, *, split: int = 1, glu: bool = False, add: bool = False, dtype=torch.float32,
-           device="cpu", block=(64, 64), **options) -> float:
+def linear(M: int, N: int, K: int, *, split: int = 1, glu: bool = False, dtype=torch.float32, device="cpu",
+           block=(64, 64), **options) -> float:
+    """Relative error of a skinny product."""
     g = torch.Generator().manual_seed(M + N + K)
     x = torch.randn(M, K, generator=g).to(dtype).to(device)
     w = (torch.randn(N * (2 if glu else 1), K, generator=g) / K**0.5).to(dtype).to(device)
-    r = torch.randn(M, N, generator=g).to(dtype).to(device) if add else None
     work = gemv.Workspace(device, 1 << 20, 1 << 10)
-    y = [gemv.skinny_linear(x, w, work, residual=r, glu=N if glu else 0, block=block, split=split, **options) for _ in range(2)]
+    y = [gemv.skinny_linear(x, w, work, glu=N if glu else 0, block=block, split=split, **options) for _ in range(2)]
     assert torch.equal(y[0], y[1])
     assert not work.counters.any()
     z = x.double() @ w.double().T
     if glu:
         z = F.silu(z[:, :N]) * z[:, N:]
-    if add:
-        z = z + r.double()
     return relative(y[0], z)
+
+
+def same_in_any_company(N: int, K: int, *, split: int = 1, glu: bool = False, dtype=torch.float32, device="cpu",
+                        block=(64, 64), rows=(1, 3, 16, 17, 33, 64, 65, 200)) -> list[bool]:
+    """Whether the first row's product is the same in every bit among so many rows as alone."""
+    g = torch.Generator().manual_seed(N + K)
+    x = torch.randn(max(rows), K, generator=g).to(dtype).to(device)
+    w = (torch.randn(N * (2 if glu else 1), K, generator=g) / K**0.5).to(dtype).to(device)
+    work = gemv.Workspace(device, 1 << 22, 1 << 12)
+    y = [gemv.skinny_linear(x[:M], w, work, glu=N if glu else 0, block=block, split=split) for M in rows]
+    return [torch.equal(y[0][0], z[0]) for z in y]
 
 
 def pages(rng: torch.Generator, count: int, layers: int, heads: int, width: int, dtype, device):

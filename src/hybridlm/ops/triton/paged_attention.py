@@ -128,16 +128,16 @@ def _store_qkv(q, k, v, q_weight, k_weight, inv_freq, q_out, tables, positions, 
     position = tl.load(positions + row)
     if part == 0:
         y = _normed(q + row * stride, q_weight, inv_freq, position, eps, rope_scale, H * D, D, BQ, ROPE)
-        c = tl.arange(0, BQ)
-        tl.store(q_out + row * out_stride + c, y.to(q_out.dtype.element_ty), mask=c < H * D)
+        cq = tl.arange(0, BQ)
+        tl.store(q_out + row * out_stride + cq, y.to(q_out.dtype.element_ty), mask=cq < H * D)
     else:
         table = address.to(tl.pointer_type(tl.int64))
         page = tl.multiple_of(tl.load(table + position // PAGE).to(tl.pointer_type(DTYPE)), 16)
         c = tl.arange(0, BK)
         at = (c // D) * (PAGE * D) + (position % PAGE).to(tl.int32) * D + c % D
         if part == 1:
-            y = _normed(k + row * stride, k_weight, inv_freq, position, eps, rope_scale, HKV * D, D, BK, ROPE)
-            tl.store(page + layer.to(tl.int64) * 2 * HKV * PAGE * D + at, y.to(DTYPE), mask=c < HKV * D)
+            keys = _normed(k + row * stride, k_weight, inv_freq, position, eps, rope_scale, HKV * D, D, BK, ROPE)
+            tl.store(page + layer.to(tl.int64) * 2 * HKV * PAGE * D + at, keys.to(DTYPE), mask=c < HKV * D)
         else:
             x = tl.load(v + row * stride + c, mask=c < HKV * D, other=0.0)
             tl.store(page + (layer.to(tl.int64) * 2 + 1) * HKV * PAGE * D + at, x.to(DTYPE), mask=c < HKV * D)
