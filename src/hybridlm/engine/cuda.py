@@ -126,6 +126,13 @@ class CUDA:
             self._parts = torch.empty(floats, dtype=torch.float32, device=device)
             self._counters = torch.zeros(ints, dtype=torch.int32, device=device)
 
+    def memory(self) -> int:
+        """Bytes that states may take: what is free now, and what PyTorch holds without using it."""
+        if self.device.type != "cuda":
+            return 1 << 30
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + held
+
     # -- passes --------------------------------------------------------------------------------------------------
 
     def state(self) -> CudaState:

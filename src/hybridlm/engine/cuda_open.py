@@ -63,12 +63,11 @@ def _engine(kind: Any, config: HybridConfig, read: Read, fingerprint: str, devic
     except torch.OutOfMemoryError:
         raise HybridLMError(f"device: the model does not fit in {device}'s memory; a smaller model, or "
                             'device="cpu" with quantised weights') from None
-    if cache_bytes is None:  # a tenth of what is left
-        cache_bytes = torch.cuda.mem_get_info(device)[0] // 10 if device.type == "cuda" else 1 << 28
     if exact:  # an independent reference: PyTorch's own operations, nothing recorded
         ops = {**ops, "kernels": False, "graphs": False}
-    return kind(weights, CUDA(config, layout, device, dtype, **ops), layout, device=str(device), cache_bytes=cache_bytes,
-                model_bytes=loader.nbytes, **options)
+    made = CUDA(config, layout, device, dtype, **ops)
+    cache_bytes = made.memory() // 10 if cache_bytes is None else cache_bytes  # a tenth of what the model leaves
+    return kind(weights, made, layout, device=str(device), cache_bytes=cache_bytes, model_bytes=loader.nbytes, **options)
 
 
 def _device(device: str) -> torch.device:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridlm.engine.layout import PAGE, Layout
+from hybridlm.engine.layout import PAGE, Layout, product
 from hybridlm.engine.state import State
 
 __all__ = ["KV_DTYPES", "CudaPages", "CudaState", "CudaTrial"]
@@ -93,8 +93,9 @@ class CudaState(State):
         layers, (channels, past) = self.layout.layers.count(-1), self.layout.conv
         a, b, _ = _sizes(self.layout, self.dtype)
         self.fixed: Tensor = fixed
-        self.recurrent: Any = fixed[:a].view(torch.float32).view(layers, *self.layout.recurrent)
-        self.conv: Any = fixed[a:b].view(self.dtype)[:layers * (past + 1) * channels].view(layers, past + 1, channels)
+        shape, taps = (layers, *self.layout.recurrent), (layers, past + 1, channels)
+        self.recurrent: Any = fixed[:a].view(torch.float32)[:product(shape)].view(shape)
+        self.conv: Any = fixed[a:b].view(self.dtype)[:product(taps)].view(taps)
         self.hidden: Any = fixed[b:].view(self.dtype)[:self.layout.hidden]
 
     @property
@@ -149,7 +150,7 @@ class CudaState(State):
 
         def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             nonlocal offset
-            size = int(np.prod(shape)) * dtype.itemsize
+            size = product(shape) * dtype.itemsize
             part = torch.from_numpy(data[offset:offset + size].copy()).view(dtype).view(shape)
             offset += size
             return part
@@ -166,12 +167,11 @@ class CudaState(State):
             found = blocks[taken:taken + full - first]
             group.adopt([None] * first + [b if isinstance(b, Tensor) else self.block_of(b) for b in found])
             taken += full - first
-        for g, group in enumerate(state.groups):
+        for group in state.groups:
             if used:
                 group.reserve(position, position)
                 part = group.pages[full][..., :used, :]
                 part.copy_(take(tuple(part.shape), part.dtype))
-                assert g >= 0
         return state
 
     def block_of(self, data: Any) -> Tensor:

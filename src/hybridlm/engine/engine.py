@@ -22,7 +22,7 @@ from hybridlm.config import HybridConfig
 from hybridlm.engine.chat import Said, chat_prompt
 from hybridlm.engine.generate import Generation
 from hybridlm.engine.layout import Layout
-from hybridlm.engine.passes import Part, Passes
+from hybridlm.engine.passes import SLAB, Part, Passes
 from hybridlm.engine.prefix_cache import PrefixCache
 from hybridlm.engine.sampler import Sampler
 from hybridlm.engine.session import Session
@@ -253,6 +253,16 @@ class Engine:
         weights = sum(handle.nbytes for handle in read_each_step(self._weights))
         state = self.layout.fixed_bytes - 4 * self.layout.hidden
         return weights + 2 * state + self.layout.kv_bytes_read(context)
+
+    @property
+    def rows(self) -> int:
+        """The most tokens of one pass."""
+        return self._ops.slab or SLAB
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory where states live: the machine's, or what the model leaves of a GPU's."""
+        return _memory() if self.device == "cpu" else int(self._ops.memory())  # type: ignore[attr-defined]
 
     # -- sessions ------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridlm.engine.passes import SLAB
 from hybridlm.engine.writer import ALIGN, Piece, Writer
 from hybridlm.errors import HybridLMError
 
@@ -188,21 +187,20 @@ class Scheduler:
     """Serves one engine. Methods may be called from any thread."""
 
     def __init__(self, engine: Engine, *, running: int = 256, waiting: int = 512, state_bytes: int | None = None,
-                 rows: int = SLAB, round_seconds: float = ROUND_SECONDS) -> None:
+                 rows: int | None = None, round_seconds: float = ROUND_SECONDS) -> None:
         """
         Args:
             running: the most requests that are read or written at the same time.
             waiting: the most that wait for that; `submit` refuses further ones.
-            state_bytes: memory for the states of running requests; None is a quarter of the machine's.
-            rows: the most of one pass.
+            state_bytes: memory for the states of running requests; None is a quarter of the machine's, or half of
+                what the model leaves of a GPU's.
+            rows: the most of one pass; None for what the engine reads at once.
             round_seconds: time that prompts may add to a round while others write.
         """
-        from hybridlm.engine.engine import _memory
-
         self.engine = engine
         self.counters = Counters()
-        self.running, self.waiting, self.rows, self.round_seconds = running, waiting, rows, round_seconds
-        self.state_bytes = _memory() // 4 if state_bytes is None else state_bytes
+        self.running, self.waiting, self.rows, self.round_seconds = running, waiting, rows or engine.rows, round_seconds
+        self.state_bytes = engine.memory // (4 if engine.device == "cpu" else 2) if state_bytes is None else state_bytes
         self._unread: list[tuple[float, int, Stream]] = []  # prompts not read to the end, in order of service
         self._writing: list[Stream] = []
         self._clock = FairClock()

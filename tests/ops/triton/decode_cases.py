@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from hybridlm.ops import gated_delta_rule, gated_rms_norm, rms_norm, short_convolution
-from hybridlm.ops.reference import apply_rope, attention, rope_tables
+from hybridlm.ops.reference import (
+    apply_rope,
+    attention,
+    gated_delta_rule,
+    gated_rms_norm,
+    rms_norm,
+    rope_tables,
+    short_convolution,
+)
 from hybridlm.ops.triton import decode, gemv, paged_attention
 
 PAGE = 64

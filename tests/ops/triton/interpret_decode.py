@@ -23,6 +23,7 @@ found = {
     "product, odd": cases.linear(17, 70, 100),
     "product, split": cases.linear(3, 70, 300, split=3),
     "product, gated": cases.linear(3, 70, 96, glu=True),
+    "product, gated, split": cases.linear(3, 70, 300, glu=True, split=2),
     "product, many rows": cases.linear(130, 70, 300, split=3),
     "product, many rows, gated": cases.linear(70, 70, 130, glu=True),
     "attention": cases.paged([1, 70, 200, 64], 4, 2, 16),

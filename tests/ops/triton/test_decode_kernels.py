@@ -53,10 +53,10 @@ def test_a_step_fits_into_registers():
 
     types = {"x": BF16, "w": BF16, "y": BF16, "parts": F32, "counters": "*i32",
              **dict.fromkeys(("rows", "N", "K", "share", "x_stride", "w_stride", "y_stride", "half"), "i32")}
-    for BM, BN, BK, warps, more in ((16, 64, 256, 4, {}), (64, 32, 128, 4, {"SPLIT": 2}), (64, 64, 64, 4, {"GLU": True}),
+    for BM, BN, BK, warps, more in ((16, 64, 256, 4, {}), (64, 32, 128, 4, {"SPLIT": 2}), (64, 64, 64, 4, {"GLU": True, "SPLIT": 2}),
                                     (128, 64, 64, 8, {"SPLIT": 4, "SERIAL": True})):
         constants = {"BM": BM, "BN": BN, "BK": BK, "SPLIT": 1, "SERIAL": False, "GLU": False, "EVEN": True,
-                     "OVERLAP": True, **more}
+                     "OVERLAP": True, "AHEAD": 8, **more}
         used = compile_sm90(gemv._skinny, types, constants, warps, ("N", "K", "share", "x_stride", "w_stride", "y_stride",
                                                                     "half"), num_stages=3)
         assert used["spilled"] == 0 and used["registers"] <= 200 and used["shared"] <= 227 << 10, (constants, used)

@@ -52,7 +52,7 @@ def _sums(w_at, x_at, up_at, here, rows_here, rk, K, first, last, BM: tl.constex
 @triton.jit(do_not_specialize=["rows"])
 def _skinny(x, w, y, parts, counters, rows, N, K, share, x_stride, w_stride, y_stride, half,
             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, SERIAL: tl.constexpr,
-            GLU: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr):
+            GLU: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr):
     block, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rn, rm, rk = block * BN + tl.arange(0, BN), group * BM + tl.arange(0, BM), tl.arange(0, BK)
     here, rows_here = (rn < N)[:, None], (rm < rows)[:, None]
@@ -61,7 +61,7 @@ def _skinny(x, w, y, parts, counters, rows, N, K, share, x_stride, w_stride, y_s
     up_at = w_at + half * w_stride
     if OVERLAP:  # the first weights come into the cache while the kernel before this one finishes
         gdc_launch_dependents()
-        line = split * share + tl.arange(0, BK // 32) * 64  # 128 bytes each: twice BK, what two steps read
+        line = split * share + tl.arange(0, AHEAD) * 64  # 128 bytes each
         at = w + tl.minimum(rn, N - 1).to(tl.int64)[:, None] * w_stride + tl.minimum(line, K - 1)[None, :]
         _prefetch(at)
         if GLU:
@@ -70,25 +70,32 @@ def _skinny(x, w, y, parts, counters, rows, N, K, share, x_stride, w_stride, y_s
     if SERIAL:  # what the splits would add, added here
         acc, up = _sums(w_at, x_at, up_at, here, rows_here, rk, K, 0, min(share, K), BM, BN, BK, GLU, EVEN)
         for part in tl.static_range(1, SPLIT):
-            more, _ = _sums(w_at, x_at, up_at, here, rows_here, rk, K, part * share,
+            more, more_up = _sums(w_at, x_at, up_at, here, rows_here, rk, K, part * share,
                             min((part + 1) * share, K), BM, BN, BK, GLU, EVEN)
             acc += more
+            up += more_up
     else:
         acc, up = _sums(w_at, x_at, up_at, here, rows_here, rk, K, split * share, min((split + 1) * share, K),
                         BM, BN, BK, GLU, EVEN)
     inside = here & (rm < rows)[None, :]
     if SPLIT > 1 and not SERIAL:
         blocks = tl.num_programs(0)
-        tile = (group * SPLIT * blocks + block) * (BN * BM)
-        at = parts + tile + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(at + split * blocks * (BN * BM), acc)
+        SIZE: tl.constexpr = BN * BM * (2 if GLU else 1)
+        at = parts + (group * SPLIT * blocks + block) * SIZE + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        tl.store(at + split * blocks * SIZE, acc)
+        if GLU:
+            tl.store(at + split * blocks * SIZE + BN * BM, up)
         tl.debug_barrier()
         done = tl.atomic_add(counters + group * blocks + block, 1, sem="acq_rel")
         if done < SPLIT - 1:
             return
         acc = tl.load(at, cache_modifier=".cg")
+        if GLU:
+            up = tl.load(at + BN * BM, cache_modifier=".cg")
         for i in range(1, SPLIT):
-            acc += tl.load(at + i * blocks * (BN * BM), cache_modifier=".cg")
+            acc += tl.load(at + i * blocks * SIZE, cache_modifier=".cg")
+            if GLU:
+                up += tl.load(at + i * blocks * SIZE + BN * BM, cache_modifier=".cg")
         tl.store(counters + group * blocks + block, 0)
     out = acc
     if GLU:
@@ -106,12 +113,14 @@ class Workspace:
 
 
 def skinny_linear(x: Tensor, weight: Tensor, workspace: Workspace, *, glu: int = 0, out: Tensor | None = None,
-                  block: tuple[int, int] = (64, 256), split: int = 1, stages: int = 4, overlap: bool = False) -> Tensor:
+                  block: tuple[int, int] = (64, 256), split: int = 1, stages: int = 4, overlap: bool = False,
+                  ahead: int = 8) -> Tensor:
     """x W^T for x [M, K] and weight [N, K], in x's dtype, accumulated in float32. `out` may have wider rows.
 
     With `glu` = N the weight is [2 N or more, K], gate above up, and the result SiLU(gate) * up. `block` (rows of W,
     columns) and `split` are the caller's, one choice for each weight: another choice sums in another order. `overlap`:
-    start before the kernel that precedes has ended, which needs sm_90 and waits for it before reading x.
+    start before the kernel that precedes has ended, which needs sm_90; until then `ahead` lines of each row of W are
+    fetched into the cache.
     """
     rows, K = x.shape
     N = glu or weight.shape[0]
@@ -123,11 +132,12 @@ def skinny_linear(x: Tensor, weight: Tensor, workspace: Workspace, *, glu: int =
     if serial:
         BM, BN, BK, warps = 128, 64 if glu else max(BN, 64), 64, 8
     grid = (triton.cdiv(N, BN), 1 if serial else split, triton.cdiv(rows, BM))
-    assert split == 1 or (not glu and (serial or grid[0] * grid[1] * grid[2] * BN * BM <= workspace.parts.numel()))
+    needed = grid[0] * grid[1] * grid[2] * BN * BM * (2 if glu else 1)
+    assert split == 1 or serial or needed <= workspace.parts.numel(), "workspace: too small for this product"
     share = triton.cdiv(triton.cdiv(K, block[1]), split) * block[1]  # columns of a split
     tiles = (BN * (2 if glu else 1) + BM) * BK * x.element_size()
     stages = max(1, min(stages, _SHARED // tiles))  # how far loading is ahead changes no sum
     _skinny[grid](x, weight, out, workspace.parts, workspace.counters, rows, N, K, share, x.stride(0), weight.stride(0),
                   out.stride(0), N, BM=BM, BN=BN, BK=BK, SPLIT=split, SERIAL=serial, GLU=glu > 0, EVEN=K % BK == 0,
-                  OVERLAP=overlap, num_warps=warps, num_stages=stages, launch_pdl=overlap)
+                  OVERLAP=overlap, AHEAD=ahead, num_warps=warps, num_stages=stages, launch_pdl=overlap)
     return out
