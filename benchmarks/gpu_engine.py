@@ -1,6 +1,6 @@
 """The GPU engine at the 7B's shape with random bfloat16 weights: decoding, prefill, memory, beside the floors and peers.
 
-    python benchmarks/gpu_engine.py [--preset 7b] [--sections decode,batch,prefill,invariant,peer] [--json out.json]
+    python benchmarks/gpu_engine.py [--preset 7b] [--sections decode,batch,prefill,agreement,invariant,peer] [--json out.json]
 
 Floors: bytes that must move (weights but the input table, recurrent states read and written, keys and values read) over
 the bandwidth that a copy reaches on this device, measured in the same run. Speed does not depend on the numbers, so the
@@ -132,6 +132,38 @@ def invariance(engine: Engine, fixed: Engine, rate: float) -> dict[str, Any]:
     return result
 
 
+def agreement(make: Any, tokens: np.ndarray, lengths: list[int], steps: int = 256) -> dict[str, Any]:
+    """Mean KL(float32 || path), nats, over the last `steps` tokens of texts of these lengths: what precedes them is read
+    as a prompt, they token by token. Paths: PyTorch's operations in bfloat16 without recording ("eager"), the kernels
+    without recording, and recorded; one stream, and beside seven others."""
+    from hybridlm.evals.agreement import divergences
+
+    exact = make(exact=True)
+    paths = {"eager": make(ops={"kernels": False, "graphs": False}), "kernels": make(ops={"graphs": False}),
+             "graphed": make()}
+    found: dict[str, Any] = {}
+    for n in lengths:
+        reference = exact.session()
+        head = tokens[:n - steps]
+        if len(head):
+            reference.feed(head)
+        rows = exact.step([(reference, tokens[len(head):n])], every=True)
+        found[str(n)] = {}
+        for name, engine in paths.items():
+            for company in (0, 7) if name == "graphed" else (0,):
+                sessions = [engine.session() for _ in range(1 + company)]
+                if len(head):
+                    engine.feed([(s, head if i == 0 else tokens[i:i + 20]) for i, s in enumerate(sessions)])
+                got = np.stack([engine.step([(s, [t]) for s in sessions])[0] for t in tokens[len(head):n].tolist()])
+                kl, margin = divergences(rows, got)
+                same = (rows.argmax(1) == got.argmax(1))[margin > 0.1]
+                found[str(n)][name + (" among 8" if company else "")] = {
+                    "mean_kl": float(kl.mean()), "max_kl": float(kl.max()), "top1": float(same.mean())}
+        eager = found[str(n)]["eager"]["mean_kl"]
+        found[str(n)]["graphed_of_eager"] = found[str(n)]["graphed"]["mean_kl"] / eager
+    return found
+
+
 def peer(config: HybridConfig, lengths: list[int]) -> dict[str, Any]:
     """transformers, made on the device without initialisation."""
     import tempfile
@@ -174,8 +206,10 @@ def peer(config: HybridConfig, lengths: list[int]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="7b")
-    parser.add_argument("--sections", default="decode,batch,prefill,invariant,peer")
+    parser.add_argument("--sections", default="decode,batch,prefill,agreement,invariant,peer")
     parser.add_argument("--lengths", default="2048,65536", help="tokens of the prefills")
+    parser.add_argument("--model", default="", help="a GGUF file for the section agreement, beside random weights")
+    parser.add_argument("--tokens", default="", help="token ids (.npy) that this model reads; random ones if left out")
     parser.add_argument("--layers", type=int, default=0, help="only so many layers, for a trial")
     parser.add_argument("--json", default="")
     options = parser.parse_args()
@@ -188,7 +222,8 @@ def main() -> None:
                               "preset": options.preset, "bandwidth_tb_s": rate / 1e12}
     print(json.dumps(result), flush=True)
     began = time.perf_counter()
-    engine = Engine.random(config, device="cuda", cache_bytes=0)
+    needed = {"decode", "batch", "prefill", "invariant"} & set(sections)
+    engine = Engine.random(config if needed else HybridConfig.preset("tiny"), device="cuda", cache_bytes=0)
     result["load_s"] = time.perf_counter() - began
     result["weights_gb"] = torch.cuda.memory_allocated() / 1e9
 
@@ -206,6 +241,19 @@ def main() -> None:
     section("batch_8x1k", lambda: decoding(engine, 8, 1024, rate, 20))
     section("batch_64x1k", lambda: decoding(engine, 64, 1024, rate, 20))
     section("prefill", lambda: prefill(engine, lengths))
+    if "agreement" in sections:
+        from hybridlm.engine.cuda_open import open_engine, random_engine
+
+        small, ids = HybridConfig.preset("190m"), np.random.default_rng(2).integers(0, 100_000, 16_384)
+        section("agreement_random_190m", lambda: agreement(
+            lambda **o: random_engine(Engine, small, cache_bytes=0, context=1 << 15, **o), ids, [256, 4096, 16_384]))
+        if options.model:
+            first = open_engine(Engine, options.model, cache_bytes=0)
+            text = np.load(options.tokens) if options.tokens else np.random.default_rng(3).integers(
+                0, first.config.vocab_size, 16_384)
+            section("agreement_model", lambda: agreement(
+                lambda **o: open_engine(Engine, options.model, cache_bytes=0, context=1 << 15, **o), text,
+                [256, 4096, 16_384]))
     if "invariant" in sections:
         fixed = Engine.random(config, device="cuda", cache_bytes=0, batch_invariant=True)
         section("invariant", lambda: invariance(engine, fixed, rate))

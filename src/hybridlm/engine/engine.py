@@ -65,7 +65,8 @@ class Engine:
     @classmethod
     def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str | None = None,
              context: int | None = None, *, cache_bytes: int | None = None,
-             checkpoint_every: int = CHECKPOINT_EVERY, exact: bool = False, batch_invariant: bool = False) -> Engine:
+             checkpoint_every: int = CHECKPOINT_EVERY, exact: bool = False, batch_invariant: bool = False,
+             plain: bool = False) -> Engine:
         """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
 
         Args:
@@ -77,6 +78,7 @@ class Engine:
             exact: keep activations in float32 where quantised weights meet 8-bit ones otherwise; on a GPU keep
                 everything in float32. Slow, for measuring.
             batch_invariant: on a GPU, a text's logits are the same in every bit whatever else is read beside it.
+            plain: on a GPU, PyTorch's own operations one by one instead of kernels and recorded steps; for measuring.
 
         Raises `FormatError` for a file that is no such model, `HybridLMError` for options that cannot be.
         """
@@ -84,7 +86,8 @@ class Engine:
             from hybridlm.engine.cuda_open import open_engine
 
             return open_engine(cls, path, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
-                               checkpoint_every=checkpoint_every, exact=exact, invariant=batch_invariant)
+                               checkpoint_every=checkpoint_every, exact=exact, invariant=batch_invariant,
+                               ops={"kernels": False, "graphs": False} if plain else None)
         _need_native()
         from hybridlm.engine.cpu import CPU, file_loader
         from hybridlm.formats.gguf_reader import GGUFFile
