@@ -26,6 +26,8 @@ MAY = {
     "evals": {"text", "data"},
     "integrations": {"ops"},
     "train": {"config", "text", "data", "ops", "model", "evals", "formats"},
+    "scaling": {"config"},
+    "report": {"config", "scaling"},
 }
 # Meant so, against the table: a method of convenience that imports when called; an adapter that nothing else imports.
 EXCEPT = {("config.py", "formats", False), ("evals/torch_scorer.py", "model", True)}
@@ -66,7 +68,7 @@ def test_rooms_lean_one_way():
         name = file.relative_to(PACKAGE).as_posix()
         room = room_of(name)
         if room not in MAY:
-            assert room in ("__init__", "cli", "quickstart", "server", "scaling"), f"{name}: a room without a rule"
+            assert room in ("__init__", "cli", "quickstart", "server"), f"{name}: a room without a rule"
             continue
         for module, top in imports(file):
             parts = module.split(".")

@@ -41,12 +41,15 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     "Evaluate": {
         "eval": ("evaluate", "Measure quality: benchmarks, RULER, bits per byte on your own files."),
         "verify": ("verify", "Check that all ways to compute a model's output agree."),
+        "scaling": ("scaling", "Tokens to parity between architectures, by law and by trajectory, with intervals."),
+        "report": ("report", "Runs and evaluations as one self-contained page, with plots."),
     },
 }
 
 # What an install extra brings, by the module that is missing without it.
 EXTRAS = {"torch": "train", "safetensors": "train", "pyarrow": "train", "zstandard": "train", "tensorboard": "train",
-          "starlette": "serve", "uvicorn": "serve", "pydantic": "serve", "llguidance": "serve", "triton": "gpu"}
+          "starlette": "serve", "uvicorn": "serve", "pydantic": "serve", "llguidance": "serve", "triton": "gpu",
+          "matplotlib": "report"}
 
 
 def build_app(wanted: str | None = None) -> typer.Typer:
