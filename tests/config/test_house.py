@@ -30,8 +30,10 @@ MAY = {
     "report": {"config", "scaling"},
 }
 # Meant so, against the table: a method of convenience that imports when called; an adapter that nothing else imports.
-EXCEPT = {("config.py", "formats", False), ("evals/torch_scorer.py", "model", True)}
-TORCH = ("ops/", "model/", "train/", "integrations/", "evals/torch", "engine/cuda", "quickstart.py", "cli/train.py", "cli/quickstart.py")
+EXCEPT = {("config.py", "formats", False), ("evals/torch_scorer.py", "model", True),
+          ("evals/lm_eval.py", "engine", False), ("evals/lm_eval.py", "store", False)}
+TORCH = ("ops/", "model/", "train/", "integrations/", "evals/torch", "engine/cuda", "quickstart.py", "cli/train.py",
+         "cli/quickstart.py")
 TORCH_MODULES = {"torch", "triton", "transformers", "tensorboard"}
 
 

@@ -4,6 +4,9 @@ Information content over all tokens of a document, divided by the bytes of its U
 front, so the first token counts too; the end of the document does not. A document longer than the model's context is
 read in windows, each beginning half a context before the tokens it scores, so every token has at least half a context
 of text before it and is counted once.
+
+By position: the same sums by how many tokens of context a prediction had, in octaves. A model that uses its context
+goes on improving from one to the next; one that reads beyond what it was made for turns worse.
 """
 
 from __future__ import annotations
@@ -22,22 +25,37 @@ from hybridlm.text import Tokenizer
 
 __all__ = ["BitsPerByte", "bits_per_byte", "documents_of"]
 
+_LEAST_OCTAVE = 5  # up to 32 tokens of context are one
 _BATCH = 8192  # tokens handed to the scorer at a time
 
 
 @dataclass
 class BitsPerByte:
-    """The sums behind the figure, and the same for each label that documents carry."""
+    """The sums behind the figure, and the same for each label that documents carry and each octave of context."""
 
     bits: float = 0.0
     bytes: int = 0
     tokens: int = 0
     documents: int = 0
     labels: dict[str, BitsPerByte] = field(default_factory=dict)
+    octaves: dict[int, BitsPerByte] = field(default_factory=dict)  # by the bit length of the tokens of context
 
     @property
     def bits_per_byte(self) -> float:
         return self.bits / self.bytes if self.bytes else math.nan
+
+    def by_position(self) -> list[tuple[int, int, BitsPerByte]]:
+        """(first, last, sums) of predictions with `first` to `last` (exclusive) tokens of context."""
+        return [(0 if k == _LEAST_OCTAVE else 1 << k >> 1, 1 << k, part) for k, part in sorted(self.octaves.items())]
+
+    def add_positions(self, context: np.ndarray, bits: np.ndarray, sizes: np.ndarray) -> None:
+        """Single predictions: tokens of context, bits and bytes of each."""
+        octave = np.maximum(_LEAST_OCTAVE, np.frexp(context)[1])
+        for k in np.unique(octave):
+            mine, part = octave == k, self.octaves.setdefault(int(k), BitsPerByte())
+            part.bits += float(bits[mine].sum(dtype=np.float64))
+            part.bytes += int(sizes[mine].sum())
+            part.tokens += int(mine.sum())
 
     def add(self, bits: float, size: int, tokens: int, label: str) -> None:
         for sums in (self, self.labels.setdefault(label, BitsPerByte())) if label else (self,):
@@ -69,14 +87,16 @@ def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[Docu
         raise ConfigError(f"context: {limit} tokens leave nothing to predict; give at least 2")
     if tokenizer.eos is None:
         raise DataError("the tokenizer names no end-of-text token, from which the first token is predicted")
-    total = BitsPerByte()
+    total, sizes = BitsPerByte(), _TokenSizes(tokenizer)
     for batch in _batches(documents, tokenizer, limit):
         scores = scorer.score([ids[a:b] for _, ids, spans in batch for a, b, _ in spans])
         at = 0
         for document, ids, spans in batch:
             nats = 0.0
-            for (_, _, skip), logprobs in zip(spans, scores[at:at + len(spans)], strict=True):
+            for (first, last, skip), logprobs in zip(spans, scores[at:at + len(spans)], strict=True):
                 nats -= float(np.sum(logprobs[skip:], dtype=np.float64))
+                total.add_positions(np.arange(1 + skip, last - first), logprobs[skip:] / -math.log(2),
+                                    sizes[ids[first + 1 + skip:last]])
             at += len(spans)
             total.add(nats / math.log(2), _size(document.text), len(ids) - 1, document.label)
         if progress:
@@ -84,6 +104,19 @@ def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[Docu
     if not total.bytes:
         raise DataError("no text to evaluate on; give files that are not empty")
     return total
+
+
+class _TokenSizes:
+    """Bytes that each token stands for, found when first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._known = tokenizer, np.full(tokenizer.vocab_size, -1, np.int64)
+
+    def __getitem__(self, ids: Sequence[int]) -> np.ndarray:
+        wanted = np.asarray(ids, np.int64)
+        for token in np.unique(wanted[self._known[wanted] < 0]):
+            self._known[token] = len(self._tokenizer.token_bytes(int(token)))
+        return self._known[wanted]
 
 
 Span = tuple[int, int, int]  # first token, end, and how many of its log-probabilities another window has counted

@@ -19,7 +19,7 @@ __all__ = ["BF16", "EIGHT_BIT", "EXACT", "Pair", "among_others", "device_pairs",
 # Measured on the 22M model: float32 kernels agree to 4e-13 on average and 6e-12 at worst. Activations rounded to 8 bits
 # amplify the last bit of what goes into the rounding, so that every two paths differ by it: 5e-4 and 3e-3.
 EXACT = Budget(mean_kl=1e-7, max_kl=1e-5)
-EIGHT_BIT = Budget(mean_kl=5e-3, max_kl=5e-2, top1=0.999)
+EIGHT_BIT = Budget(mean_kl=5e-3, max_kl=5e-2, top1=0.98)
 
 # What rounding weights' products to bfloat16 may cost a model in PyTorch's own operations.
 BF16 = Budget(mean_kl=1e-2, max_kl=1.0, top1=0.98)
