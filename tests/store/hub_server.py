@@ -10,6 +10,7 @@ large files, X-Linked-Etag and a redirect to a second address that understands R
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import sys
@@ -45,6 +46,7 @@ class HubServer:
     faults: Faults = field(default_factory=Faults)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     sent: int = 0  # bytes of large files
+    stored: dict[str, bytes] = field(default_factory=dict)  # large files that were uploaded, by sha256
 
     def __enter__(self) -> HubServer:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -100,6 +102,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.route()
 
+    def do_POST(self) -> None:
+        self.receive()
+
+    def do_PUT(self) -> None:
+        self.receive()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -133,6 +141,43 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.hub.gated:
             return self.fail(403, "GatedRepo", "Access is restricted; please ask for it.", commit)
         return self.resolve(repo, commit, "/".join(rest))
+
+    def receive(self) -> None:
+        """What uploading needs: making a repository, announcing files, large ones to a store, a commit of both."""
+        self.hub.requests.append((self.command, self.path, ""))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = [unquote(p) for p in urlsplit(self.path).path.strip("/").split("/")]
+        if self.hub.faults.status:
+            return self.fail(self.hub.faults.status, "", "out of order")
+        if parts[0] == "store":
+            self.hub.stored[parts[1]] = body
+            return self.json({})
+        if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.fail(401, "", "Invalid username or password.")
+        data = json.loads(body) if parts[-2:-1] != ["commit"] else {}
+        if parts == ["api", "repos", "create"]:
+            owner = data.get("organization") or "me"
+            (self.hub.root / owner / data["name"]).mkdir(parents=True, exist_ok=True)
+            return self.json({"url": f"{self.hub.url}/{owner}/{data['name']}"})
+        if parts == ["api", "validate-yaml"]:
+            return self.json({"errors": [], "warnings": []})
+        if parts[-2:-1] == ["preupload"]:
+            return self.json({"files": [{"path": f["path"], "shouldIgnore": False, "uploadMode":
+                                         "lfs" if f["size"] > LARGE else "regular"} for f in data["files"]]})
+        if parts[-2:] == ["objects", "batch"]:
+            return self.json({"transfer": "basic", "objects": [
+                {**o, **({} if o["oid"] in self.hub.stored else {"actions": {"upload": {
+                    "href": f"{self.hub.url}/store/{o['oid']}"}}})} for o in data["objects"]]})
+        repo = self.hub.root / parts[2] / parts[3]
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                (repo / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                (repo / value["path"]).write_bytes(self.hub.stored[value["oid"]])
+        name = f"{parts[2]}/{parts[3]}"
+        oid = self.hub.commit(name)
+        return self.json({"commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}"})
 
     def info(self, repo: str, commit: str, blobs: bool) -> dict:
         siblings = []

@@ -35,8 +35,15 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Run": {
         "chat": ("chat", "Talk with a model in the terminal."),
+        "serve": ("serve", "Serve models over HTTP: OpenAI's, Ollama's and Anthropic's APIs, a chat page."),
         "generate": ("generate", "Continue a prompt."),
         "bench": ("bench", "Measure prefill and decode speed and memory."),
+    },
+    "Models": {
+        "pull": ("pull", "Fetch a model from the hub, ready to run."),
+        "list": ("list_models", "Show the models that are here."),
+        "rm": ("rm", "Delete models from the store."),
+        "upload": ("upload", "Publish GGUF files with a model card."),
     },
     "Evaluate": {
         "eval": ("evaluate", "Measure quality: benchmarks, RULER, bits per byte on your own files."),

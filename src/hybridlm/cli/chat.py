@@ -34,6 +34,7 @@ from hybridlm.cli._common import (
     printable,
     size,
 )
+from hybridlm.engine.chat import turn_end
 from hybridlm.errors import HybridLMError
 
 if TYPE_CHECKING:
@@ -181,16 +182,6 @@ class Text(Talk):
         if not isinstance(data["text"], str):
             raise ValueError
         self.parts = [data["text"]]
-
-
-def turn_end(engine: Engine) -> str:
-    """What the template writes after an answer, if that is one special token: a text that ends answers."""
-    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\ue000"}]
-    try:
-        after: str = engine.chat_template.render(talk, add_generation_prompt=False).rpartition("\ue000")[2].strip()
-    except HybridLMError:
-        return ""
-    return after if engine.tokenizer.token_to_id(after) in engine.tokenizer.special_ids else ""
 
 
 # -- the terminal ----------------------------------------------------------------------------------------------------

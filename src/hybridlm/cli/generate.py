@@ -26,7 +26,7 @@ from hybridlm.cli._common import (
     printable,
     size,
 )
-from hybridlm.cli.chat import turn_end
+from hybridlm.engine.chat import turn_end
 
 if TYPE_CHECKING:
     from hybridlm.engine import Engine, Generation

@@ -13,10 +13,12 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hybridlm.errors import HybridLMError
+
 if TYPE_CHECKING:
     from hybridlm.engine.engine import Engine
 
-__all__ = ["Said", "chat_prompt", "common_prefix"]
+__all__ = ["Said", "chat_prompt", "common_prefix", "turn_end"]
 
 _MOST_REMEMBERED = 64
 
@@ -65,3 +67,13 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts share at their beginning."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def turn_end(engine: Engine) -> str:
+    """What the template writes after an answer, if that is one special token: a text that ends answers."""
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\ue000"}]
+    try:
+        after: str = engine.chat_template.render(talk, add_generation_prompt=False).rpartition("\ue000")[2].strip()
+    except HybridLMError:
+        return ""
+    return after if engine.tokenizer.token_to_id(after) in engine.tokenizer.special_ids else ""

@@ -323,7 +323,7 @@ class Scheduler:
             done = [stream for stream, _ in reading if not stream.writer.unread] + ready
             if slices or ready or not parts:
                 choosing = writing + done
-                logits = self.engine.next_logits([s.writer.session for s in choosing]) if choosing else []
+                logits: Any = self.engine.next_logits([s.writer.session for s in choosing]) if choosing else []
             else:
                 choosing, logits = writing, self.engine.step(parts)
         except Exception as error:

@@ -157,7 +157,8 @@ class Writer:
     def take(self, token: int, logits: np.ndarray | None = None) -> Piece:
         """Go on with a token that was chosen elsewhere."""
         self._written += 1
-        logprob, top = None, ()
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
         if self._logprobs is not None and logits is not None:
             logprob, top = _logprobs(logits, token, self._logprobs)
         finish = None

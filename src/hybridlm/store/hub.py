@@ -48,8 +48,8 @@ def look_up(repo_id: str, revision: str | None) -> Repository:
     """Ask the hub. Raises `ModelNotFoundError`, saying why, when it knows no such thing or cannot be reached."""
     from huggingface_hub import HfApi
 
-    with _plain_errors(repo_id, revision):
-        info = HfApi(endpoint=_endpoint()).model_info(repo_id, revision=revision, files_metadata=True,
+    with plain_errors(repo_id, revision):
+        info = HfApi(endpoint=endpoint()).model_info(repo_id, revision=revision, files_metadata=True,
                                                       timeout=_TIMEOUT)
     files = {}
     for s in info.siblings or []:
@@ -147,7 +147,7 @@ def _transfer(repository: Repository, file: RemoteFile, sink: _Sink) -> None:
     while sink.size < file.size:
         before = sink.size
         try:
-            with _plain_errors(repository.id, repository.commit):
+            with plain_errors(repository.id, repository.commit):
                 _stream(repository, file, sink)
         except _Unreachable as error:
             failures = 0 if sink.size > before else failures + 1
@@ -162,7 +162,7 @@ def _stream(repository: Repository, file: RemoteFile, sink: _Sink) -> None:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    url = hf_hub_url(repository.id, file.name, revision=repository.commit, endpoint=_endpoint())
+    url = hf_hub_url(repository.id, file.name, revision=repository.commit, endpoint=endpoint())
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={sink.size}-"}
     with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as answer:
         hf_raise_for_status(answer)
@@ -179,11 +179,11 @@ class _Unreachable(ModelNotFoundError):
 
 
 @contextmanager
-def _plain_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+def plain_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     """Errors of `huggingface_hub` and its HTTP library as one sentence."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    hub = _endpoint()
+    hub = endpoint()
     try:
         yield
     except GatedRepoError:
@@ -210,7 +210,7 @@ def _plain_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         raise _Unreachable(f"{repo_id}: {hub} cannot be reached ({reason})") from None
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 

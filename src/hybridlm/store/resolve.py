@@ -21,6 +21,7 @@ from hybridlm.atomic import write_file
 from hybridlm.errors import ConfigError, FormatError, HybridLMError, ModelNotFoundError
 from hybridlm.store import hub
 from hybridlm.store.cache import Report, fingerprint, home, locked, require_space
+from hybridlm.store.catalogue import aliases
 
 __all__ = ["DEFAULT_LIMIT", "default_type", "resolve", "weights"]
 
@@ -45,7 +46,7 @@ def resolve(name_or_path: str | Path, *, type: str | None = None, progress: Repo
     """The GGUF file that a name stands for, made if need be.
 
     Args:
-        name_or_path: a GGUF file; a folder with config.json and safetensors; or OWNER/NAME[@REVISION][:TYPE].
+        name_or_path: a GGUF file; a folder with config.json and safetensors; OWNER/NAME[@REVISION][:TYPE]; or an alias.
         type: of the converted weights ("q8_0", "q4_m", ...), as :TYPE in the name; None is `default_type`.
         progress: called with a stage and how far it is, in bytes.
         update: ask the hub again although the name is in the cache.
@@ -57,6 +58,11 @@ def resolve(name_or_path: str | Path, *, type: str | None = None, progress: Repo
     path = Path(text).expanduser()
     if path.is_file():
         return _file(path)
+    if not path.exists():
+        text = aliases().get(text, text)
+        path = Path(text).expanduser()
+        if path.is_file():
+            return _file(path)
     if not path.is_dir() and ":" in text:
         text, asked = text.rsplit(":", 1)
         if not _TYPE.fullmatch(asked):
