@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridlm.ops.reference import documents_of, l2_norm
+from hybridlm.ops import delta_rule
+from hybridlm.ops.reference import document_starts, documents_of, l2_norm
 
 __all__ = ["chunk_gated_delta_rule"]
 
@@ -51,7 +52,17 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     Packed rows: `documents` [B, T] (static shapes, compiles), where the final state is that of each row's last
     document; or `cu_seqlens` [N + 1] with B = 1, where states in and out are one per document [N, Hv, K, V] (this
     one reads the lengths on the host).
+
+    bfloat16 and float16 on a GPU go to the kernels of `hybridlm.ops.delta_rule`, where these can (and where no
+    `chunk_size` asks for this form).
     """
+    if chunk_size is None and delta_rule.takes(q, k, v):
+        if documents is not None:  # a document starts with a decay to nothing
+            starts = document_starts(documents)
+            starts[:, 0] = False
+            g = g.masked_fill(starts[..., None], float("-inf"))
+        return delta_rule.fused_gated_delta_rule(q, k, v, g, beta, initial_state=initial_state, cu_seqlens=cu_seqlens,
+                                                 qk_l2norm=qk_l2norm)
     if cu_seqlens is not None:
         return _varlen(q, k, v, g, beta, initial_state, cu_seqlens, qk_l2norm, chunk_size)
     batch, time, key_heads, key_dim = k.shape

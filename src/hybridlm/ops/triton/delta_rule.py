@@ -11,7 +11,6 @@ from torch import Tensor
 from hybridlm.ops.triton.delta_rule_backward import gradient_kernel, reverse_scan_kernel
 from hybridlm.ops.triton.delta_rule_forward import prepare_kernel, scan_kernel
 
-
 CHUNK = 64
 
 
@@ -55,16 +54,17 @@ class Shape(NamedTuple):
                 "VARLEN": self.bounds is not None}
 
 
-def prepare(shape: Shape, q, k, g, beta, norm=True, precision="fp16", num_warps=4):
+def prepare(shape: Shape, q, k, g, beta, norm=True, precision="fp16", split=True, num_warps=4, maxnreg=None):
     inverse = q.new_empty(shape.chunks, shape.heads, CHUNK, CHUNK)
+    rest_inverse = torch.empty_like(inverse) if split else None
     scores = torch.empty_like(inverse)
     factors = torch.empty(shape.chunks, shape.heads, 7, CHUNK, dtype=torch.float32, device=q.device)
     carry = torch.empty(shape.chunks, shape.heads, dtype=torch.float32, device=q.device)
     prepare_kernel[shape.heads, shape.chunks](
-        q, k, g, beta, shape.bounds, shape.offsets, inverse, scores, factors, carry, shape.time, shape.sequences,
-        shape.key_dim**-0.5, **shape.constants(), NORM=norm,
+        q, k, g, beta, shape.bounds, shape.offsets, inverse, rest_inverse, scores, factors, carry, shape.time,
+        shape.sequences, shape.key_dim**-0.5, **shape.constants(), NORM=norm, SPLIT=split, maxnreg=maxnreg,
         PRECISION="ieee" if q.dtype == torch.float32 else precision, num_warps=num_warps, num_stages=1)
-    return inverse, scores, factors, carry
+    return inverse, rest_inverse, scores, factors, carry
 
 
 def scan(shape: Shape, q, k, v, prepared, initial, *, output=True, states=None, writes=None, BV=64, num_warps=4,
@@ -75,7 +75,7 @@ def scan(shape: Shape, q, k, v, prepared, initial, *, output=True, states=None, 
     scan_kernel[triton.cdiv(shape.value_dim, BV), shape.heads, shape.sequences](
         q, k, v, *prepared, shape.bounds, shape.offsets, initial, o, states, writes, final, shape.time,
         shape.sequences, **shape.constants(), V=shape.value_dim, BV=BV, INITIAL=initial is not None, OUTPUT=output,
-        STATES=states is not None, num_warps=num_warps, num_stages=num_stages)
+        STATES=states is not None, SPLIT=prepared[1] is not None, num_warps=num_warps, num_stages=num_stages)
     return o, final
 
 
@@ -85,30 +85,30 @@ def forward(q, k, v, g, beta, initial_state=None, cu_seqlens=None, norm=True):
 
 
 def reverse_scan(shape: Shape, q, k, do, dfinal, prepared, need_initial, BV=64, num_warps=4, num_stages=2):
-    e = torch.empty_like(do)
+    dv = torch.empty_like(do)
     dstates = do.new_empty(shape.chunks, shape.heads, shape.value_dim, shape.key_dim)
     dinitial = torch.empty_like(dfinal) if need_initial else None
     reverse_scan_kernel[triton.cdiv(shape.value_dim, BV), shape.heads, shape.sequences](
-        q, k, do, *prepared, shape.bounds, shape.offsets, dfinal, e, dstates, dinitial, shape.time, shape.sequences,
-        **shape.constants(), V=shape.value_dim, BV=BV, INITIAL=need_initial, num_warps=num_warps,
-        num_stages=num_stages)
-    return e, dstates, dinitial
+        q, k, do, *prepared, shape.bounds, shape.offsets, dfinal, dv, dstates, dinitial, shape.time, shape.sequences,
+        **shape.constants(), V=shape.value_dim, BV=BV, INITIAL=need_initial, SPLIT=prepared[1] is not None,
+        num_warps=num_warps, num_stages=num_stages)
+    return dv, dstates, dinitial
 
 
-def gradients(shape: Shape, q, k, v, g, do, e, writes, states, dstates, prepared, norm=True, BV=64, num_warps=8,
-              num_stages=2):
-    _, _, factors, carry = prepared
+def gradients(shape: Shape, q, k, g, do, dv, writes, states, dstates, prepared, norm=True, BV=64, num_warps=4,
+              num_stages=1, maxnreg=None):
+    inverse, _, scores, factors, carry = prepared  # the first two are overwritten
     dq = q.new_empty(shape.batch, shape.time, shape.heads, shape.key_dim)
-    dk, dv = torch.empty_like(dq), torch.empty_like(v)
+    dk = torch.empty_like(dq)
     dg = torch.empty(shape.batch, shape.time, shape.heads, dtype=torch.float32, device=q.device)
     dbeta = torch.empty_like(dg)
     gradient_kernel[shape.heads, shape.chunks](
-        q, k, v, g, do, e, writes, states, dstates, factors, carry, shape.bounds, shape.offsets, dq, dk, dv, dg,
-        dbeta, shape.time, shape.sequences, shape.key_dim**-0.5, **shape.constants(), V=shape.value_dim, BV=BV,
-        NORM=norm, FLOOR=-110.0, num_warps=num_warps, num_stages=num_stages)
+        q, k, g, do, dv, writes, states, dstates, factors, carry, inverse, scores, shape.bounds, shape.offsets, dq,
+        dk, dg, dbeta, shape.time, shape.sequences, shape.value_dim, shape.key_dim**-0.5, **shape.constants(),
+        V=shape.value_dim, BV=BV, NORM=norm, FLOOR=-110.0, maxnreg=maxnreg, num_warps=num_warps, num_stages=num_stages)
     if shape.heads != shape.key_heads:
         dq, dk = (x.unflatten(2, (shape.key_heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, dg, dbeta
+    return dq, dk, dg, dbeta
 
 
 def backward(do, dfinal, q, k, v, g, beta, initial_state=None, cu_seqlens=None, norm=True):
@@ -117,5 +117,6 @@ def backward(do, dfinal, q, k, v, g, beta, initial_state=None, cu_seqlens=None, 
     states = q.new_empty(shape.chunks, shape.heads, shape.value_dim, shape.key_dim)
     writes = torch.empty_like(v)
     scan(shape, q, k, v, prepared, initial_state, output=False, states=states, writes=writes)
-    e, dstates, dinitial = reverse_scan(shape, q, k, do, dfinal, prepared, initial_state is not None)
-    return *gradients(shape, q, k, v, g, do, e, writes, states, dstates, prepared, norm), dinitial
+    dv, dstates, dinitial = reverse_scan(shape, q, k, do, dfinal, prepared, initial_state is not None)
+    dq, dk, dg, dbeta = gradients(shape, q, k, g, do, dv, writes, states, dstates, prepared, norm)
+    return dq, dk, dv, dg, dbeta, dinitial

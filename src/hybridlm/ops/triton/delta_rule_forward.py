@@ -55,6 +55,12 @@ def matmul(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def doubled(x, lower, row, column, size: tl.constexpr, PRECISION: tl.constexpr):
+    lower_left = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
+    return x - matmul(x, matmul(tl.where(lower_left, lower, 0.0), x, PRECISION), PRECISION)
+
+
+@triton.jit
 def unit_lower_inverse(lower, PRECISION: tl.constexpr):
     """(I + L)^-1 for strictly lower triangular L [64, 64] in float32, blocks of 16 by substitution.
 
@@ -67,10 +73,12 @@ def unit_lower_inverse(lower, PRECISION: tl.constexpr):
     diagonal = tl.sum(tl.where(block, four, 0.0), 2)
     outside = tl.reshape(tl.where(block, 0.0, four), (64, 64))
     row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    x = tl.where(row == column, 1.0, 0.0) + tl.zeros((4, 16, 16), tl.float32)
-    for j in tl.static_range(15):
-        x -= tl.sum(tl.where(column == j, diagonal, 0.0), 2)[:, :, None] \
-            * tl.sum(tl.where(row == j, x, 0.0), 1)[:, None, :]
+    # Twice the block at each step: [[a, 0], [b, d]]^-1 = [[a', 0], [-d' b a', d']].
+    pair = (row // 2 == column // 2) & (row > column)
+    x = tl.where(row == column, 1.0, tl.where(pair, -diagonal, 0.0))
+    x = doubled(x, diagonal, row, column, 2, PRECISION)
+    x = doubled(x, diagonal, row, column, 4, PRECISION)
+    x = doubled(x, diagonal, row, column, 8, PRECISION)
     x = tl.reshape(tl.where(block, x[:, :, None, :], 0.0), (64, 64))
     y = matmul(x, outside, PRECISION)
     z = x + matmul(y, matmul(y, x, PRECISION), PRECISION)
@@ -78,9 +86,9 @@ def unit_lower_inverse(lower, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, carry, time, sequences, scale,
-                   H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-                   NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr):
+def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores, factors, carry, time, sequences,
+                   scale, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+                   NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     """T and P of one chunk and value head, and its factors per token: beta, beta exp(G) |k|^-1, s exp(G) |q|^-1 and
     exp(G_C - G) |k|^-1, then G, |k|^-1 and s |q|^-1; `carry` is exp(G_C)."""
     head = tl.program_id(0)
@@ -111,8 +119,7 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
     gram = tl.dot(ka, tl.trans(ka), input_precision=EXACT)
     pairs = tl.dot(qa, tl.trans(ka), input_precision=EXACT)
     if NORM:
-        lk = tl.sum(ka.to(tl.float32) * ka.to(tl.float32), 1)
-        lq = tl.sum(qa.to(tl.float32) * qa.to(tl.float32), 1)
+        squares = tl.dot(qa, tl.trans(qa), input_precision=EXACT)
     if KB > 0:
         cb = KA + tl.arange(0, KB)
         kb = tl.load(k + at[:, None] + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
@@ -120,16 +127,18 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
         gram = tl.dot(kb, tl.trans(kb), gram, input_precision=EXACT)
         pairs = tl.dot(qb, tl.trans(kb), pairs, input_precision=EXACT)
         if NORM:
-            lk += tl.sum(kb.to(tl.float32) * kb.to(tl.float32), 1)
-            lq += tl.sum(qb.to(tl.float32) * qb.to(tl.float32), 1)
+            squares = tl.dot(qb, tl.trans(qb), squares, input_precision=EXACT)
     if NORM:
-        lk, lq = tl.rsqrt(lk + 1e-6), tl.rsqrt(lq + 1e-6) * scale
+        same = r[:, None] == r[None, :]
+        lk = tl.rsqrt(tl.sum(tl.where(same, gram, 0.0), 1) + 1e-6)
+        lq = tl.rsqrt(tl.sum(tl.where(same, squares, 0.0), 1) + 1e-6) * scale
     else:
         lk, lq = tl.full((64,), 1.0, tl.float32), tl.full((64,), 1.0, tl.float32) * scale
 
     decay = tl.cumsum(tl.maximum(tl.load(g + gates, mask=here, other=0.0), FLOOR), 0)
     total = tl.sum(tl.where(r == 63, decay, 0.0), 0)
-    b = tl.load(beta + gates, mask=here, other=0.0)
+    # At least 1e-15, which changes nothing but that the backward pass may divide by its square.
+    b = tl.where(here, tl.maximum(tl.load(beta + gates, mask=here, other=0.0), 1e-15), 0.0)
     out = (chunk * H + head).to(tl.int64)
     tl.store(carry + out, tl.exp(total))
     into = tl.exp(decay)
@@ -142,18 +151,26 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, scores, factors, car
     tl.store(factors + out * 448 + 384 + r, lq)
 
     seen = r[:, None] >= r[None, :]
-    d = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], 0.0)) * lk[None, :]
+    d = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], float("-inf"))) * lk[None, :]
     tile = out * 4096 + r[:, None] * 64 + r[None, :]
-    tl.store(scores + tile, tl.where(seen, pairs * d * lq[:, None], 0.0).to(narrow))
+    tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow))
     lower = tl.where(r[:, None] > r[None, :], gram * d * (b * lk)[:, None], 0.0)
-    tl.store(inverse + tile, unit_lower_inverse(lower, PRECISION).to(narrow))
+    t = unit_lower_inverse(lower, PRECISION)
+    if SPLIT:
+        if narrow == tl.bfloat16:  # cut, not rounded: no conversion back, and the rest has as many bits
+            high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        else:
+            high = t.to(narrow).to(tl.float32)
+        tl.store(rest_inverse + tile, (t - high).to(narrow))
+        t = high
+    tl.store(inverse + tile, t.to(narrow))
 
 
 @triton.jit
-def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes, final, time,
-                sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr,
-                KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-                STATES: tl.constexpr, VARLEN: tl.constexpr):
+def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes,
+                final, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+                STATES: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
     OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w,
@@ -222,6 +239,8 @@ def scan_kernel(q, k, v, inverse, scores, factors, carry, bounds, offsets, initi
             read = tl.dot(nb, tl.trans(kb), read, input_precision=EXACT)
         x = x.to(tl.float32) * b[None, :] - read * bk[None, :]
         w = tl.dot(x.to(narrow), tl.trans(t), input_precision=EXACT)
+        if SPLIT:
+            w = tl.dot(x.to(narrow), tl.trans(tl.load(rest_inverse + index * 4096 + tile)), w, input_precision=EXACT)
         if STATES:
             tl.store(writes + (token * H + head) * V + values, w.to(narrow), mask=here[None, :] & inside[:, None])
         nw = (w * rest[None, :]).to(narrow)

@@ -1,0 +1,105 @@
+"""The chunked gated delta rule as one operator on NVIDIA GPUs, which `torch.compile` and CUDA graphs take whole.
+
+The kernels are in `hybridlm.ops.triton`, imported when first launched. The forward pass keeps nothing but its inputs.
+Given the same inputs, results and gradients are the same bit for bit. Lengths are read on the device only: a call
+never waits for the GPU, and the grids of a packed row depend on its total length and the number of its documents.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+__all__ = ["fused_gated_delta_rule", "takes"]
+
+
+@functools.cache
+def _widest_key(index: int) -> int:
+    """The widest key that the kernels take on a device, 0 where they don't run (Triton 3.6 can't compile the backward
+    pass for sm_100). Wider keys need more shared memory than a consumer's GPU has."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return 0
+    properties = torch.cuda.get_device_properties(index)
+    if properties.major not in (8, 9, 12):
+        return 0
+    return 256 if properties.shared_memory_per_block_optin >= 160 << 10 else 128
+
+
+@torch.compiler.assume_constant_result
+def _widest(index: int) -> int:
+    return _widest_key(index)
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the fused operator computes this call: bfloat16 or float16 on an NVIDIA GPU of compute capability 8, 9 or
+    12, K and V multiples of 16 up to 256 (K up to 128 where a block has under 160 KB of shared memory)."""
+    return (v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and q.dtype == v.dtype and k.dtype == v.dtype
+            and k.shape[-1] % 16 == 0 and v.shape[-1] % 16 == 0 and 0 < v.shape[-1] <= 256 and v.shape[1] > 0
+            and 0 < k.shape[-1] <= _widest(v.device.index))
+
+
+def fused_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *,
+                           initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+                           qk_l2norm: bool = True) -> tuple[Tensor, Tensor]:
+    """`hybridlm.ops.chunk_gated_delta_rule` through the kernels, without `documents`. Shapes as there; the state is
+    float32. Differentiable once, with respect to everything but cu_seqlens."""
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(v.device, torch.int32)
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    o, state = gated_delta_rule(q.contiguous(), k.contiguous(), v.contiguous(), g.float().contiguous(),
+                                beta.float().contiguous(), initial_state, cu_seqlens, qk_l2norm)
+    return o, state
+
+
+@torch.library.custom_op("hybridlm::gated_delta_rule", mutates_args=(), device_types="cuda")
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None,
+                     cu_seqlens: Tensor | None, qk_l2norm: bool) -> tuple[Tensor, Tensor]:
+    """All contiguous; g, beta and states float32, cu_seqlens int32."""
+    from hybridlm.ops.triton import delta_rule
+
+    return delta_rule.forward(q, k, v, g, beta, initial_state, cu_seqlens, qk_l2norm)
+
+
+@gated_delta_rule.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None,
+      cu_seqlens: Tensor | None, qk_l2norm: bool) -> tuple[Tensor, Tensor]:
+    count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty_like(v), g.new_empty(count, v.shape[2], k.shape[3], v.shape[3])
+
+
+@torch.library.custom_op("hybridlm::gated_delta_rule_backward", mutates_args=(), device_types="cuda")
+def gated_delta_rule_backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+                              initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool
+                              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g, beta and initial_state (of no size where there is none)."""
+    from hybridlm.ops.triton import delta_rule
+
+    dq, dk, dv, dg, dbeta, dinitial = delta_rule.backward(do, dstate, q, k, v, g, beta, initial_state, cu_seqlens,
+                                                          qk_l2norm)
+    return dq, dk, dv, dg, dbeta, g.new_empty(0) if dinitial is None else dinitial
+
+
+@gated_delta_rule_backward.register_fake
+def _(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+      initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool
+      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta),
+            g.new_empty(0) if initial_state is None else torch.empty_like(initial_state))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.qk_l2norm = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, do: Tensor, dstate: Tensor):
+    tensors = ctx.saved_tensors
+    *grads, dinitial = gated_delta_rule_backward(do.contiguous(), dstate.contiguous(), *tensors, ctx.qk_l2norm)
+    return *grads, None if tensors[5] is None else dinitial, None, None
+
+
+gated_delta_rule.register_autograd(_backward, setup_context=_save)
