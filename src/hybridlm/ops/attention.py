@@ -30,7 +30,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = Non
     """
     queries, keys = q.shape[1], k.shape[1]
     if mask is None and queries == keys:
-        mask = attention_mask(queries, window=window, documents=documents, device=q.device)
+        mask = attention_mask(queries, window=window, documents=documents, head_dim=q.shape[-1], device=q.device)
     elif mask is None and (queries > 1 or (window is not None and window < keys)):
         mask = causal_mask(queries, keys, window=window, device=q.device)
     grouped = k.shape[2] != q.shape[2]
@@ -41,12 +41,12 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = Non
                                           enable_gqa=grouped).transpose(1, 2)
 
 
-def attention_mask(time: int, *, window: int | None = None, documents: Tensor | None = None,
+def attention_mask(time: int, *, window: int | None = None, documents: Tensor | None = None, head_dim: int = 128,
                    device: torch.device | None = None) -> AttentionMask | None:
     """What T queries of T keys see; None where it is everything before them. `documents` int [B, T]."""
     if documents is None and (window is None or window >= time):
         return None
-    if device is None or device.type != "cuda":
+    if device is None or device.type != "cuda" or head_dim < 16:  # FlexAttention takes heads from 16 on
         return causal_mask(time, time, window=window, documents=documents, device=device)
     first = torch.zeros(1, time, dtype=torch.int32, device=device)
     now = torch.arange(time, dtype=torch.int32, device=device)[None]

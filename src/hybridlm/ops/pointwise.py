@@ -1,6 +1,7 @@
 """What surrounds the matrix products of a layer: norms, SwiGLU, short convolutions, and products of several matrices.
 
-On CUDA these are Triton kernels with their gradients, else the formulas of `reference`.
+On CUDA these are Triton kernels with their gradients, else the formulas of `reference`. In compiled code the plain norm
+is a formula too: the compiler fuses it with the addition or the rotation next to it, and is as fast.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from hybridlm.ops import reference
 from hybridlm.ops.dispatch import HAVE_TRITON, on_triton
 
 if HAVE_TRITON:
-    from hybridlm.ops.triton import convolution, gated_norm, swiglu as swiglu_kernel
+    from hybridlm.ops.triton import convolution, gated_norm
     from hybridlm.ops.triton import rms_norm as rms_norm_kernels
+    from hybridlm.ops.triton import swiglu as swiglu_kernel
 
 __all__ = ["add_rms_norm", "gated_rms_norm", "projections", "rms_norm", "short_convolutions", "swiglu"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
-    if on_triton(x):
+    if on_triton(x) and not torch.compiler.is_compiling():
         return rms_norm_kernels.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
@@ -45,8 +47,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(gate) * up, [..., F] of [..., 2 F] that holds gate and up side by side."""
     if on_triton(gate_up):
         return swiglu_kernel.swiglu(gate_up)
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return reference.swiglu(gate_up)
 
 
 def short_convolutions(x: Tensor, weights: list[Tensor], state: Tensor | None = None,
@@ -57,7 +58,7 @@ def short_convolutions(x: Tensor, weights: list[Tensor], state: Tensor | None = 
     state after x.
     """
     past = weights[0].shape[1] - 1
-    if on_triton(x):
+    if on_triton(x) and past < 4:
         if state is None:
             state = x.new_zeros(x.shape[0], past, x.shape[2]) if x.shape[1] < past else x[:, :0]
             outputs = convolution.short_convolution(x, weights, None, documents)

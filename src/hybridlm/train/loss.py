@@ -1,4 +1,4 @@
-"""The loss of each token, for measuring; training takes `hybridlm.ops.linear_cross_entropy`, which also has gradients."""
+"""The loss of each token, for measuring. Training takes `hybridlm.ops.linear_cross_entropy`, which has gradients."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The short causal convolution with SiLU over several groups of channels, read from one tensor, without padding copies.
 
 x [B, T, C] holds the groups side by side (q | k | v of a layer, as one projection leaves them); each comes out as a
-tensor of its own, so that what follows reads and writes it whole, and the gradient goes back into one tensor. A tile
-is a stretch of time by a block of channels; its shifted neighbours come out of the cache. Backward computes the values
-before SiLU again, so nothing but x is kept.
+tensor of its own, so that what follows reads and writes it whole, and the gradient goes back into one tensor. A
+program walks through a span of time with the last rows of its channels in registers, so each value is read once;
+backward computes the values before SiLU again, so nothing but x is kept. Filters are up to four wide. Programs that run at the same time stand side by side along the channels, so that memory is read a whole row at a time.
 """
 
 from __future__ import annotations
@@ -15,98 +15,190 @@ from torch import Tensor
 
 __all__ = ["short_convolution"]
 
-TIME, CHANNELS = 32, 64  # of a tile of forward
-BACK_TIME, BACK_CHANNELS = 16, 64  # of backward, which holds more
-TILES = 16  # of time to a program of backward, which sums the weights' gradient over them
+CHANNELS = 128  # of a program, one warp
 
 
 @triton.jit
-def _input(x_ptr, state_ptr, doc_ptr, t, channel, back, doc, T, C: tl.constexpr, x_stride, state_stride,
-           W: tl.constexpr, STATE: tl.constexpr, DOCS: tl.constexpr):
-    """x at t - back, or what counts as that: the state before the start, zero from another document."""
-    at = t - back
-    seen = (at >= 0) & (at < T)
-    if DOCS:
-        seen &= tl.load(doc_ptr + at, seen, other=0) == doc
-    x = tl.load(x_ptr + at[:, None].to(tl.int64) * x_stride + channel[None, :],
-                seen[:, None] & (channel < C)[None, :], other=0.0).to(tl.float32)
+def _load(ptr, r, stride, first, last, T, real):
+    """Row r of a span that begins at `first`, before `last` and T."""
+    return tl.load(ptr + r * stride, real & (r < last) & (first + r < T), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _taps(weight_ptr, real, W: tl.constexpr):
+    """The weights of a channel, the oldest first; those that a narrower filter lacks are zero."""
+    w3 = tl.load(weight_ptr + W - 1, real, other=0.0).to(tl.float32)
+    w2 = tl.load(weight_ptr + W - 2, real & (W > 1), other=0.0).to(tl.float32)
+    w1 = tl.load(weight_ptr + W - 3, real & (W > 2), other=0.0).to(tl.float32)
+    w0 = tl.load(weight_ptr + W - 4, real & (W > 3), other=0.0).to(tl.float32)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _before(x_ptr, state_ptr, x_stride, state_stride, first, real, W: tl.constexpr, STATE: tl.constexpr):
+    """The three inputs before a span, the newest first."""
+    inside = real & (first > 0)
+    x1 = tl.load(x_ptr - x_stride, inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr - 2 * x_stride, inside, other=0.0).to(tl.float32)
+    x3 = tl.load(x_ptr - 3 * x_stride, inside, other=0.0).to(tl.float32)
     if STATE:
-        before = (at < 0) & (at > -W)
-        x += tl.load(state_ptr + (at + W - 1)[:, None].to(tl.int64) * state_stride + channel[None, :],
-                     before[:, None] & (channel < C)[None, :], other=0.0).to(tl.float32)
-    return x
+        start = real & (first == 0)
+        x1 += tl.load(state_ptr + (W - 2) * state_stride, start & (W > 1), other=0.0).to(tl.float32)
+        x2 += tl.load(state_ptr + (W - 3) * state_stride, start & (W > 2), other=0.0).to(tl.float32)
+        x3 += tl.load(state_ptr + (W - 4) * state_stride, start & (W > 3), other=0.0).to(tl.float32)
+    return x1, x2, x3
 
 
 @triton.jit
-def convolution_forward_kernel(x_ptr, weight_ptr, state_ptr, doc_ptr, y_ptr, T, x_batch, x_stride, state_batch,
-                               state_stride, C: tl.constexpr, W: tl.constexpr, TIME: tl.constexpr,
-                               CHANNELS: tl.constexpr, STATE: tl.constexpr, DOCS: tl.constexpr):
-    batch = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * TIME + tl.arange(0, TIME)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    x_ptr += batch * x_batch
-    state_ptr += batch * state_batch
-    doc_ptr += batch * T
-    doc = t
+def _documents(doc_ptr, first):
+    """The documents of the three tokens before a span, the newest first."""
+    d1 = tl.load(doc_ptr - 1, first > 0, other=0).to(tl.int32)
+    d2 = tl.load(doc_ptr - 2, first > 0, other=0).to(tl.int32)
+    d3 = tl.load(doc_ptr - 3, first > 0, other=0).to(tl.int32)
+    return d1, d2, d3
+
+
+@triton.jit
+def _filtered(x, x1, x2, x3, d0, d1, d2, d3, w0, w1, w2, w3, DOCS: tl.constexpr):
+    """The convolution at one time; what another document holds counts as zero."""
     if DOCS:
-        doc = tl.load(doc_ptr + t, t < T, other=0)
-    y = tl.zeros([TIME, CHANNELS], tl.float32)
-    for back in tl.static_range(W):
-        tap = tl.load(weight_ptr + channel * W + W - 1 - back, channel < C, other=0.0).to(tl.float32)
-        y += tap[None, :] * _input(x_ptr, state_ptr, doc_ptr, t, channel, back, doc, T, C, x_stride, state_stride, W,
-                                   STATE, DOCS)
-    y *= tl.sigmoid(y)
-    at = (batch * T + t)[:, None] * C + channel[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), (t < T)[:, None] & (channel < C)[None, :])
+        x1 = tl.where(d1 == d0, x1, 0.0)
+        x2 = tl.where(d2 == d0, x2, 0.0)
+        x3 = tl.where(d3 == d0, x3, 0.0)
+    return w3 * x + w2 * x1 + w1 * x2 + w0 * x3, x1, x2, x3
 
 
 @triton.jit
-def convolution_backward_kernel(dy_ptr, x_ptr, weight_ptr, state_ptr, doc_ptr, dx_ptr, dw_ptr, T, x_batch, x_stride,
-                                dx_stride, state_batch, state_stride, C: tl.constexpr, W: tl.constexpr,
-                                TIME: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
-                                SUMS: tl.constexpr, STATE: tl.constexpr, DOCS: tl.constexpr):
+def convolution_forward_kernel(x_ptr, weight_ptr, state_ptr, doc_ptr, y_ptr, T, SPAN, x_batch, x_stride, state_batch,
+                               state_stride, C: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr,
+                               STATE: tl.constexpr, DOCS: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    real = (channel < C)[None, :]
-    x_ptr += batch * x_batch
-    state_ptr += batch * state_batch
-    doc_ptr += batch * T
-    taps = tl.arange(0, SUMS)[:, None]
-    dw = tl.zeros([SUMS, CHANNELS], tl.float32)  # d w[W - 1 - back] = sum over t of x[t - back] d y[t]
-    for tile in range(TILES):
-        t = (tl.program_id(0) * TILES + tile) * TIME + tl.arange(0, TIME)
-        doc = t
-        if DOCS:
-            doc = tl.load(doc_ptr + t, t < T, other=0)
-        dx = tl.zeros([TIME, CHANNELS], tl.float32)
-        for ahead in tl.static_range(W):  # the outputs at t .. t + W - 1 saw this input
-            later = t + ahead
-            reached = later < T
-            later_doc = later
+    first = tl.program_id(1) * SPAN
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    real = channel < C
+    x_ptr += batch * x_batch + first.to(tl.int64) * x_stride + channel
+    y_ptr += (batch * T + first) * C + channel
+    doc_ptr += batch * T + first
+    w0, w1, w2, w3 = _taps(weight_ptr + channel * W, real, W)
+    x1, x2, x3 = _before(x_ptr, state_ptr + batch * state_batch + channel, x_stride, state_stride, first, real, W,
+                         STATE)
+    d0 = 0
+    d1 = 0
+    d2 = 0
+    d3 = 0
+    if DOCS:
+        d1, d2, d3 = _documents(doc_ptr, first)
+    for r in range(0, SPAN, 8):  # the loads of eight rows are under way together
+        xa = _load(x_ptr, r, x_stride, first, SPAN, T, real)
+        xb = _load(x_ptr, r + 1, x_stride, first, SPAN, T, real)
+        xc = _load(x_ptr, r + 2, x_stride, first, SPAN, T, real)
+        xd = _load(x_ptr, r + 3, x_stride, first, SPAN, T, real)
+        xe = _load(x_ptr, r + 4, x_stride, first, SPAN, T, real)
+        xf = _load(x_ptr, r + 5, x_stride, first, SPAN, T, real)
+        xg = _load(x_ptr, r + 6, x_stride, first, SPAN, T, real)
+        xh = _load(x_ptr, r + 7, x_stride, first, SPAN, T, real)
+        for i in tl.static_range(8):
+            x = xa if i == 0 else (xb if i == 1 else (xc if i == 2 else (xd if i == 3 else (
+                xe if i == 4 else (xf if i == 5 else (xg if i == 6 else xh))))))
             if DOCS:
-                later_doc = tl.load(doc_ptr + later, reached, other=0)
-            y = tl.zeros([TIME, CHANNELS], tl.float32)
-            for back in tl.static_range(W):
-                tap = tl.load(weight_ptr + channel * W + W - 1 - back, channel < C, other=0.0).to(tl.float32)
-                y += tap[None, :] * _input(x_ptr, state_ptr, doc_ptr, later, channel, back, later_doc, T, C, x_stride,
-                                           state_stride, W, STATE, DOCS)
-            open_ = tl.sigmoid(y)
-            dy = tl.load(dy_ptr + (batch * T + later)[:, None] * C + channel[None, :], reached[:, None] & real,
-                         other=0.0).to(tl.float32)
-            dy *= open_ * (1 + y * (1 - open_))
-            if ahead == 0:
-                for back in tl.static_range(W):
-                    x = _input(x_ptr, state_ptr, doc_ptr, t, channel, back, doc, T, C, x_stride, state_stride, W,
-                               STATE, DOCS)
-                    dw += tl.where(taps == W - 1 - back, tl.sum(x * dy, 0)[None, :], 0.0)
+                d0 = tl.load(doc_ptr + r + i, first + r + i < T, other=0).to(tl.int32)
+            y, _, _, _ = _filtered(x, x1, x2, x3, d0, d1, d2, d3, w0, w1, w2, w3, DOCS)
+            y *= tl.sigmoid(y)
+            tl.store(y_ptr + (r + i) * C, y.to(y_ptr.dtype.element_ty), real & (first + r + i < T))
+            x3 = x2
+            x2 = x1
+            x1 = x
             if DOCS:
-                dy = tl.where((later_doc == doc)[:, None], dy, 0.0)
-            tap = tl.load(weight_ptr + channel * W + W - 1 - ahead, channel < C, other=0.0).to(tl.float32)
-            dx += tap[None, :] * dy
-        tl.store(dx_ptr + (batch * T + t)[:, None] * dx_stride + channel[None, :], dx.to(dx_ptr.dtype.element_ty),
-                 (t < T)[:, None] & real)
-    part = batch * tl.num_programs(0) + tl.program_id(0)
-    tl.store(dw_ptr + (part * C + channel[None, :]) * W + taps, dw, (taps < W) & real)
+                d3 = d2
+                d2 = d1
+                d1 = d0
+
+
+@triton.jit
+def _row(x, dy, r, SPAN, x1, x2, x3, s1, s2, s3, d0, d1, d2, d3, w0, w1, w2, w3, g0, g1, g2, g3, DOCS: tl.constexpr):
+    """One step through time: the slope before SiLU at r, d x at r - 3, and the sums of the weights' gradient."""
+    y, x1, x2, x3 = _filtered(x, x1, x2, x3, d0, d1, d2, d3, w0, w1, w2, w3, DOCS)
+    open_ = tl.sigmoid(y)
+    s = dy * open_ * (1 + y * (1 - open_))
+    if DOCS:
+        dx = w3 * s3 + w2 * tl.where(d2 == d3, s2, 0.0) + w1 * tl.where(d1 == d3, s1, 0.0) \
+            + w0 * tl.where(d0 == d3, s, 0.0)
+    else:
+        dx = w3 * s3 + w2 * s2 + w1 * s1 + w0 * s
+    own = tl.where(r < SPAN, s, 0.0)  # what lies behind the span is the next program's to sum
+    return s, dx, g0 + own * x3, g1 + own * x2, g2 + own * x1, g3 + own * x
+
+
+@triton.jit
+def convolution_backward_kernel(dy_ptr, x_ptr, weight_ptr, state_ptr, doc_ptr, dx_ptr, dw_ptr, T, SPAN, x_batch,
+                                x_stride, dx_batch, dx_stride, state_batch, state_stride, C: tl.constexpr,
+                                W: tl.constexpr, CHANNELS: tl.constexpr, STATE: tl.constexpr, DOCS: tl.constexpr):
+    batch = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * SPAN
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    real = channel < C
+    x_ptr += batch * x_batch + first.to(tl.int64) * x_stride + channel
+    dy_ptr += (batch * T + first) * C + channel
+    dx_ptr += batch * dx_batch + first.to(tl.int64) * dx_stride + channel
+    doc_ptr += batch * T + first
+    w0, w1, w2, w3 = _taps(weight_ptr + channel * W, real, W)
+    x1, x2, x3 = _before(x_ptr, state_ptr + batch * state_batch + channel, x_stride, state_stride, first, real, W,
+                         STATE)
+    d0 = 0
+    d1 = 0
+    d2 = 0
+    d3 = 0
+    if DOCS:
+        d1, d2, d3 = _documents(doc_ptr, first)
+    s1 = tl.zeros([CHANNELS], tl.float32)
+    s2 = tl.zeros([CHANNELS], tl.float32)
+    s3 = tl.zeros([CHANNELS], tl.float32)
+    g0 = tl.zeros([CHANNELS], tl.float32)
+    g1 = tl.zeros([CHANNELS], tl.float32)
+    g2 = tl.zeros([CHANNELS], tl.float32)
+    g3 = tl.zeros([CHANNELS], tl.float32)
+    last = SPAN + 3
+    for r in range(0, last, 4):  # the loads of four rows are under way together
+        xa = _load(x_ptr, r, x_stride, first, last, T, real)
+        xb = _load(x_ptr, r + 1, x_stride, first, last, T, real)
+        xc = _load(x_ptr, r + 2, x_stride, first, last, T, real)
+        xd = _load(x_ptr, r + 3, x_stride, first, last, T, real)
+        ya = _load(dy_ptr, r, C, first, last, T, real)
+        yb = _load(dy_ptr, r + 1, C, first, last, T, real)
+        yc = _load(dy_ptr, r + 2, C, first, last, T, real)
+        yd = _load(dy_ptr, r + 3, C, first, last, T, real)
+        for i in tl.static_range(4):
+            x = xa if i == 0 else (xb if i == 1 else (xc if i == 2 else xd))
+            dy = ya if i == 0 else (yb if i == 1 else (yc if i == 2 else yd))
+            if DOCS:
+                d0 = tl.load(doc_ptr + r + i, first + r + i < T, other=0).to(tl.int32)
+            s, dx, g0, g1, g2, g3 = _row(x, dy, r + i, SPAN, x1, x2, x3, s1, s2, s3, d0, d1, d2, d3, w0, w1, w2, w3,
+                                         g0, g1, g2, g3, DOCS)
+            at = r + i - 3
+            tl.store(dx_ptr + at * dx_stride, dx.to(dx_ptr.dtype.element_ty),
+                     real & (at >= 0) & (at < SPAN) & (first + at < T))
+            x3 = x2
+            x2 = x1
+            x1 = x
+            s3 = s2
+            s2 = s1
+            s1 = s
+            if DOCS:
+                d3 = d2
+                d2 = d1
+                d1 = d0
+    dw_ptr += ((batch * tl.num_programs(1) + tl.program_id(1)) * C + channel) * W
+    tl.store(dw_ptr + W - 1, g3, real)
+    tl.store(dw_ptr + W - 2, g2, real & (W > 1))
+    tl.store(dw_ptr + W - 3, g1, real & (W > 2))
+    tl.store(dw_ptr + W - 4, g0, real & (W > 3))
+
+
+def _grid(x: Tensor) -> tuple[tuple[int, int, int], int]:
+    """Programs, and the span of time of one: long where there is enough to do for all."""
+    batch, time, channels = x.shape
+    span = min(128, max(16, triton.next_power_of_2(batch * time * channels // (1 << 20))))
+    return (triton.cdiv(channels, CHANNELS), triton.cdiv(time, span), batch), span
 
 
 def _forward(x: Tensor, weight: Tensor, state: Tensor | None, documents: Tensor | None) -> Tensor:
@@ -114,11 +206,11 @@ def _forward(x: Tensor, weight: Tensor, state: Tensor | None, documents: Tensor 
     y = torch.empty(batch, time, channels, dtype=x.dtype, device=x.device)
     before = x if state is None else state
     if y.numel():
-        grid = (triton.cdiv(time, TIME), triton.cdiv(channels, CHANNELS), batch)
+        grid, span = _grid(x)
         convolution_forward_kernel[grid](
-            x, weight.contiguous(), before, x if documents is None else documents, y, time, x.stride(0), x.stride(1),
-            before.stride(0), before.stride(1), C=channels, W=weight.shape[1], TIME=TIME, CHANNELS=CHANNELS,
-            STATE=state is not None, DOCS=documents is not None, num_warps=4)
+            x, weight.contiguous(), before, x if documents is None else documents, y, time, span, x.stride(0),
+            x.stride(1), before.stride(0), before.stride(1), C=channels, W=weight.shape[1], CHANNELS=CHANNELS,
+            STATE=state is not None, DOCS=documents is not None, num_warps=1)
     return y
 
 
@@ -127,15 +219,13 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, state: Tensor | None, docum
     """Fills dx [B, T, C], a part of a wider tensor, and returns d weight."""
     batch, time, channels = x.shape
     before = x if state is None else state
-    grid = (triton.cdiv(time, BACK_TIME * TILES), triton.cdiv(channels, BACK_CHANNELS), batch)
-    dw = torch.empty(grid[0] * batch, *weight.shape, dtype=torch.float32, device=x.device)
+    grid, span = _grid(x)
+    dw = torch.empty(grid[1] * batch, *weight.shape, dtype=torch.float32, device=x.device)
     if dy.numel():
         convolution_backward_kernel[grid](
-            dy.contiguous(), x, weight.contiguous(), before, x if documents is None else documents, dx, dw, time,
-            x.stride(0), x.stride(1), dx.stride(1), before.stride(0), before.stride(1), C=channels,
-            W=weight.shape[1], TIME=BACK_TIME, CHANNELS=BACK_CHANNELS, TILES=TILES,
-            SUMS=triton.next_power_of_2(weight.shape[1]), STATE=state is not None, DOCS=documents is not None,
-            num_warps=4)
+            dy.contiguous(), x, weight.contiguous(), before, x if documents is None else documents, dx, dw, time, span,
+            x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), before.stride(0), before.stride(1), C=channels,
+            W=weight.shape[1], CHANNELS=CHANNELS, STATE=state is not None, DOCS=documents is not None, num_warps=1)
     return dw.sum(0).to(weight.dtype)
 
 

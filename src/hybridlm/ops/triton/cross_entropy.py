@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["cross_entropy_"]
 
-BLOCK = 8192  # columns at a time
+BLOCK = 4096  # columns at a time
 
 
 @triton.jit
@@ -21,18 +21,16 @@ def cross_entropy_kernel(logits_ptr, target_ptr, loss_ptr, stride, z, V: tl.cons
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(target_ptr + row)
-    # A maximum and a sum for each lane, so that the loop holds no reduction across them.
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    top = float("-inf")
+    total = 0.0
     for first in range(0, V, BLOCK):
         column = first + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + column, column < V, other=float("-inf")).to(tl.float32)
-        above = tl.maximum(top, x)
+        above = tl.maximum(top, tl.max(x, 0))
         base = tl.where(above == float("-inf"), 0.0, above)
-        total = total * tl.exp(top - base) + tl.exp(x - base)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
         top = above
-    highest = tl.max(top, 0)
-    logsumexp = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    logsumexp = top + tl.log(total)
     counts = target >= 0
     picked = tl.load(logits_ptr + target, counts, other=0.0).to(tl.float32)
     loss = logsumexp - picked + z * logsumexp * logsumexp

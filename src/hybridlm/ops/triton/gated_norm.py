@@ -11,7 +11,7 @@ from hybridlm.ops.triton.rows import as_rows, partials
 
 __all__ = ["gated_rms_norm"]
 
-ELEMENTS = 4096  # of a program's tile, unless one row is longer
+ELEMENTS = 2048  # of a program's tile, unless one row is longer
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def gated_rms_norm_backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor,
     slope, flat, gates, width = as_rows(dy), as_rows(x), as_rows(gate), x.shape[-1]
     dx, dgate = _like(x), _like(gate)
     rows, block, warps = _tile(width)
-    programs = min(partials(x.device), max(1, triton.cdiv(len(flat), rows)))
+    programs = min(partials(x.device, rows * block), max(1, triton.cdiv(len(flat), rows)))
     dw = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     gated_norm_backward_kernel[(programs,)](
         slope, flat, gates, weight, dx, dgate, dw, len(flat), slope.stride(0), flat.stride(0), gates.stride(0), eps,

@@ -15,7 +15,7 @@ from hybridlm.ops.triton.rows import as_rows, partials
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
-ELEMENTS = 4096  # of a program's tile, unless one row is longer
+ELEMENTS = 2048  # of a program's tile, unless one row is longer
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, through: Tensor | None, eps
     flat, slope, width = as_rows(x), as_rows(dy), x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, block, warps = _tile(width)
-    programs = min(partials(x.device), max(1, triton.cdiv(len(flat), rows)))
+    programs = min(partials(x.device, rows * block), max(1, triton.cdiv(len(flat), rows)))
     dw = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     rms_norm_backward_kernel[(programs,)](
         slope, flat, weight, dx if through is None else through.contiguous(), dx, dw, len(flat), flat.stride(0),

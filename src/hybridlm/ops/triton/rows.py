@@ -17,9 +17,12 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def partials(device: torch.device) -> int:
-    """Programs that reduce over rows, each into a partial sum of its own: the same on every run, so sums are too."""
-    return 4 * _processors(device) if device.type == "cuda" else 3
+def partials(device: torch.device, elements: int) -> int:
+    """Programs that reduce over rows, a tile of `elements` at a time, each into a partial sum of its own.
+
+    As many as a GPU holds at once; the same on every run, so the sums are too.
+    """
+    return _processors(device) * max(1, 8192 // elements) if device.type == "cuda" else 3
 
 
 @cache

@@ -17,8 +17,8 @@ ROWS, COLUMNS = 4, 1024  # of a tile
 @triton.jit
 def swiglu_forward_kernel(gate_ptr, up_ptr, y_ptr, rows, gate_stride, up_stride, F: tl.constexpr, ROWS: tl.constexpr,
                           COLUMNS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < F)
     gate = tl.load(gate_ptr + row * gate_stride + column, inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, inside, other=0.0).to(tl.float32)
@@ -28,8 +28,8 @@ def swiglu_forward_kernel(gate_ptr, up_ptr, y_ptr, rows, gate_stride, up_stride,
 @triton.jit
 def swiglu_backward_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, gate_stride, up_stride, dgate_stride,
                            dup_stride, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < F)
     dy = tl.load(dy_ptr + row * F + column, inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + column, inside, other=0.0).to(tl.float32)
@@ -41,7 +41,7 @@ def swiglu_backward_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, g
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS)
+    return triton.cdiv(width, COLUMNS), triton.cdiv(rows, ROWS)
 
 
 def swiglu_of(gate: Tensor, up: Tensor) -> Tensor:

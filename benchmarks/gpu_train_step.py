@@ -1,0 +1,190 @@
+"""The full training step on a GPU: forward, backward, clipping and AdamW, of the very step that `hybridlm train` takes.
+
+    python -m benchmarks.gpu_train_step mfu      # 1b and 190m at 8k tokens: tokens/s and share of the card's peak
+    python -m benchmarks.gpu_train_step twin     # 1b beside its transformer twin at 8k, 32k and 64k, interleaved
+    python -m benchmarks.gpu_train_step peer     # beside transformers + fla, and transformers with our operations
+    python -m benchmarks.gpu_train_step memory   # peak bytes at 4k, 32k and 64k tokens, and what fits in 24, 80, 141 GB
+
+Bfloat16 activations, float32 weights and moments, blocks compiled, random tokens. FLOP are those of
+`hybridlm.train.speed.flops_per_token`; nothing recomputed counts. `--json FILE` appends one object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from hybridlm.train.recipe import Recipe
+from hybridlm.train.recipes import find
+from hybridlm.train.speed import Speed, Stopwatch, flops_per_token
+
+LINES: list[dict[str, Any]] = []
+
+
+def recipe(name: str, sequence: int, batch: int, microbatch: int = 0, **settings: Any) -> Recipe:
+    base = find(name)
+    model = base.model.with_(max_position_embeddings=max(sequence, base.model.max_position_embeddings))
+    return replace(base, model=model, sequence=sequence, batch=batch, microbatch=microbatch, dtype="bfloat16",
+                   compile=True, **{"mask_documents": False, **settings})
+
+
+def fresh() -> None:
+    """Nothing left of what was measured before."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def tell(what: str, speed: Speed, **more: Any) -> None:
+    r = speed.recipe
+    line = {"what": what, "sequence": r.sequence, "batch": r.batch, "microbatch": r.microbatch or r.batch,
+            "documents": r.mask_documents, "recompute": r.recompute,
+            "tokens_per_second": round(speed.tokens_per_second), "ms": round(1000 * speed.seconds, 2),
+            "mfu": round(speed.mfu or 0, 4), "peak_gb": round(speed.peak_bytes / 1e9, 2), **more}
+    LINES.append(line)
+    extra = "  ".join(f"{k} {v}" for k, v in more.items())
+    print(f"{what:24s} {r.sequence:6d} x {r.batch:<3d} (by {r.microbatch or r.batch}) {speed} {extra}", flush=True)
+
+
+def mfu(repeat: int) -> None:
+    for name, batch, by, settings in (("1b", 16, 4, {}), ("1b", 16, 4, {"mask_documents": True}), ("190m", 32, 8, {}),
+                                      ("190m", 2, 2, {})):
+        fresh()
+        watch = Stopwatch(recipe(name, 8192, batch, by, **settings), warm=1)
+        watch.time(repeat)
+        tell(name + (" documents" if settings else ""), watch.speed())
+        del watch
+
+
+def twin(repeat: int, sequences: tuple[int, ...] = (8192, 32_768, 65_536)) -> None:
+    """Both trainers live side by side, and their steps alternate."""
+    for sequence in sequences:
+        fresh()
+        batch = max(1, 16_384 // sequence)
+        pair = [Stopwatch(recipe(name, sequence, batch, recompute=sequence > 32_768), warm=1)
+                for name in ("1b", "1b-twin")]
+        for _ in range(repeat):
+            for watch in pair:
+                watch.time(1)
+        ours, theirs = (watch.speed() for watch in pair)
+        tell("1b-twin", theirs)
+        tell("1b", ours, ratio=round(ours.tokens_per_second / theirs.tokens_per_second, 3))
+        del pair, watch
+
+
+def peer(repeat: int, sequence: int = 8192, batch: int = 1) -> None:
+    """transformers, eager, in bfloat16 throughout (cheaper than what we do, so to its favour), with fla."""
+    from hybridlm.formats.hf_config import to_hf
+
+    ours = Stopwatch(recipe("1b", sequence, batch), warm=1)
+    config = to_hf(recipe("1b", sequence, batch).model)
+    peers = {"transformers + fla": _transformers(config, fla=True, hook=False, sequence=sequence, batch=batch)}
+    for _ in range(repeat):
+        ours.time(1)
+        for step in peers.values():
+            step()
+    speed = ours.speed()
+    for name, step in peers.items():
+        rate = sequence * batch / median(step.times[1:])
+        LINES.append({"what": name, "sequence": sequence, "batch": batch, "tokens_per_second": round(rate),
+                      "note": "timing only: fla's backward gives wrong gradients on this Triton"})
+        print(f"{name:24s} {sequence:6d} x {batch:<3d} {rate:,.0f} tok/s (timing only: its gradients are wrong on "
+              "this Triton)", flush=True)
+        tell("1b", speed, against=name, ratio=round(speed.tokens_per_second / rate, 2))
+    del ours, peers, step
+    fresh()
+    hooked = _transformers(config, fla=True, hook=True, sequence=sequence, batch=batch)
+    for _ in range(repeat + 1):
+        hooked()
+    faster = sequence * batch / median(hooked.times[1:])
+    LINES.append({"what": "transformers + hybridlm", "sequence": sequence, "batch": batch,
+                  "tokens_per_second": round(faster), "ratio_to_fla": round(faster / rate, 3)})
+    print(f"{'transformers + hybridlm':24s} {sequence:6d} x {batch:<3d} {faster:,.0f} tok/s, {faster / rate:.2f} x its "
+          "speed with fla", flush=True)
+
+
+def _transformers(config: dict[str, Any], *, fla: bool, hook: bool, sequence: int, batch: int) -> Any:
+    import transformers
+
+    if fla:
+        import fla.ops.common.chunk_o as chunk_o  # its backward refuses on Triton 3.4 to 3.7.0; only its time is asked
+
+        chunk_o.TRITON_ABOVE_3_7_1 = True
+    if hook:
+        from hybridlm.integrations import transformers as ours
+
+        ours.enable()
+    model = transformers.OlmoHybridForCausalLM(transformers.OlmoHybridConfig(**config)).to("cuda", torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(model.config.vocab_size, (batch, sequence), device="cuda")
+
+    def step() -> None:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        step.times.append(time.perf_counter() - began)
+
+    step.times = []
+    step()
+    return step
+
+
+def memory(repeat: int) -> None:
+    """Peaks of one sequence, and the lengths that fit, from peaks measured under a cap on the allocator."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    for name in ("1b", "1b-twin"):
+        for recompute in (False, True):
+            peaks = {}
+            for sequence in (4096, 32_768, 65_536):
+                fresh()
+                try:
+                    watch = Stopwatch(recipe(name, sequence, 1, recompute=recompute), warm=0)
+                    watch.time(1)
+                    speed = watch.speed()
+                    peaks[sequence] = speed.peak_bytes
+                    tell(name + (" recompute" if recompute else ""), speed)
+                    del watch
+                except torch.OutOfMemoryError:
+                    print(f"{name} {sequence} recompute={recompute}: out of memory", flush=True)
+            lengths = sorted(peaks)
+            slope = (peaks[lengths[-1]] - peaks[lengths[0]]) / (lengths[-1] - lengths[0])
+            fixed = peaks[lengths[0]] - slope * lengths[0]
+            fits = {gb: max(0, int((min(gb * 1e9, total) * 0.97 - fixed) / slope) // 1024) for gb in (24, 80, 141)}
+            LINES.append({"what": name, "recompute": recompute, "fixed_gb": round(fixed / 1e9, 2),
+                          "kb_a_token": round(slope / 1e3, 1), "fits_ktokens": fits})
+            print(f"{name} recompute={recompute}: {fixed / 1e9:.1f} GB and {slope / 1e3:.0f} kB a token; "
+                  f"tokens that fit: {', '.join(f'{gb} GB {k}k' for gb, k in fits.items())}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=("mfu", "twin", "peer", "memory"))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", help="a file that gets one object a line")
+    o = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this measures a CUDA device, and PyTorch sees none")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; 1b at 8k needs "
+          f"{flops_per_token(find('1b').model, 8192) / 1e9:.2f} GFLOP a token", flush=True)
+    for what in o.what:
+        {"mfu": mfu, "twin": twin, "peer": peer, "memory": memory}[what](o.repeat)
+    if o.json:
+        with Path(o.json).open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in LINES)
+
+
+if __name__ == "__main__":
+    main()
