@@ -29,7 +29,7 @@ struct uint4 { u32 x, y, z, w; };
 struct Index { int x; };
 
 unsigned char memory[1 << 18] __attribute__((aligned(128)));
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 
 // -- fibers ---------------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
 static std::vector<bool> finished;
 static int current, threads_of_block;
-static Meeting block_meeting, warp_meetings[32];
+static Meeting block_meeting, warp_meetings[32], meetings[16];
 static Exchange exchanges[32];
 static std::map<u32, Signal> signals;
 static void (*body)();
@@ -81,7 +81,7 @@ static void run_block(int block, int threads, void (*f)()) {
     }
     int left = threads;
     for (long turn = 0; left; ++turn) {
-        if (turn > 1000000) { fprintf(stderr, "deadlock\n"); abort(); }
+        if (turn > 20000) { for (int w = 0; w < threads / 32; ++w) fprintf(stderr, "warp %d: %d there, finished %d\n", w, warp_meetings[w].arrived, (int)finished[w * 32]); for (auto& m : meetings) fprintf(stderr, "%d ", m.arrived); for (auto& s : signals) fprintf(stderr, "[%u: %d of %d, %d] ", s.first, s.second.pending, s.second.count, s.second.phase); fprintf(stderr, "deadlock\n"); abort(); }
         left = 0;
         for (current = 0; current < threads; ++current)
             if (!finished[current]) {
@@ -98,6 +98,7 @@ static void __syncthreads() { meet(block_meeting, threads_of_block); }
 static void __syncwarp() { warp_meet(); }
 static inline float __uint_as_float(u32 x) { float r; memcpy(&r, &x, 4); return r; }
 static inline u32 as_bits(float x) { u32 r; memcpy(&r, &x, 4); return r; }
+static inline u32 __float_as_uint(float x) { return as_bits(x); }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static u32 shuffle(u32 x, int from) {
@@ -109,6 +110,13 @@ static u32 shuffle(u32 x, int from) {
     return r;
 }
 static int __shfl_sync(u32, int x, int from) { return (int)shuffle((u32)x, from); }
+static float __shfl_xor_sync(u32, float x, int by) {
+    return __uint_as_float(shuffle(as_bits(x), threadIdx.x % 32 ^ by));
+}
+static float __shfl_down_sync(u32, float x, int by) {
+    int lane = threadIdx.x % 32;
+    return __uint_as_float(shuffle(as_bits(x), lane + by < 32 ? lane + by : lane));
+}
 static float __shfl_up_sync(u32, float x, int by) {
     int lane = threadIdx.x % 32;
     return __uint_as_float(shuffle(as_bits(x), lane >= by ? lane - by : lane));
@@ -121,6 +129,8 @@ static inline u32 rounded(float x) {
     return (b & 0x7fffffff) > 0x7f800000 ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
 static inline u32 pack(float low, float high) { return rounded(high) << 16 | rounded(low); }
+static inline u32 half_bits(float x) { _Float16 h = (_Float16)x; unsigned short r; memcpy(&r, &h, 2); return r; }
+static inline u32 pack_half(float low, float high) { return half_bits(high) << 16 | half_bits(low); }
 static inline float low(u32 x) { return __uint_as_float(x << 16); }
 static inline float high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
 static inline float widened(bf16 x) { return __uint_as_float((u32)x << 16); }
@@ -158,7 +168,10 @@ static void matrices(u32* r, u32 from, bool transposed) {
 }
 static void load_matrix(u32* r, u32 from) { matrices(r, from, false); }
 static void load_transposed(u32* r, u32 from) { matrices(r, from, true); }
-static void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
+static void stored(u32 to, u32 a, u32 b, u32 c, u32 d, bool transposed);
+static void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) { stored(to, a, b, c, d, true); }
+static void store_matrix(u32 to, u32 a, u32 b, u32 c, u32 d) { stored(to, a, b, c, d, false); }
+static void stored(u32 to, u32 a, u32 b, u32 c, u32 d, bool transposed) {
     Exchange& e = exchanges[threadIdx.x / 32];
     int lane = threadIdx.x % 32;
     check(to, 16);
@@ -168,7 +181,8 @@ static void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
     for (int m = 0; m < 4; ++m)
         for (int i = 0; i < 2; ++i) {
             bf16 x = (bf16)(r[m] >> 16 * i);
-            memcpy(memory + e.lanes[m * 8 + lane % 4 * 2 + i][0] + lane / 4 * 2, &x, 2);
+            int row = transposed ? lane % 4 * 2 + i : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + i;
+            memcpy(memory + e.lanes[m * 8 + row][0] + column * 2, &x, 2);
         }
     warp_meet();
 }
@@ -179,6 +193,8 @@ template <typename T> static T from_shared(u32 from) {
     return r;
 }
 static uint4 load_shared16(u32 from) { return from_shared<uint4>(from); }
+static u32 load_shared4(u32 from) { return from_shared<u32>(from); }
+static void store_shared(u32 to, float x) { check(to, 4); memcpy(memory + to, &x, 4); }
 static float load_shared(u32 from) { return from_shared<float>(from); }
 static float4 load_shared_four(u32 from) { return from_shared<float4>(from); }
 static float2 load_shared_pair(u32 from) { return from_shared<float2>(from); }
@@ -190,6 +206,7 @@ static void barrier_arrive(u32 bar) {
 }
 static void barrier_wait(u32 bar, u32 parity) { while ((signals.at(bar).phase & 1) == (int)parity) yield(); }
 static void barrier_arrive_copies(u32 bar) { barrier_arrive(bar); }
+template <int ID, int THREADS> static void rendezvous() { meet(meetings[ID], THREADS); }
 static void fence_async() {}
 static void mma_fence() {}
 static void mma_commit() {}
@@ -197,8 +214,18 @@ template <int N> static void mma_wait() {}
 template <int N> static void release_registers() {}
 template <int N> static void claim_registers() {}
 
+// A fragment of a as a wgmma reads it from shared memory, with k along its rows.
+static void fragment(u32 (&r)[4], u64 a) {
+    u32 start = (a & 0x3fff) << 4, leading = (a >> 16 & 0x3fff) << 4, stride = (a >> 32 & 0x3fff) << 4;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    for (int i = 0; i < 4; ++i) {
+        int row = warp * 16 + lane / 4 + i % 2 * 8;
+        memcpy(r + i, memory + start + row / 8 * stride + i / 2 * leading + row % 8 * 16 + lane % 4 * 4, 4);
+    }
+}
 // d [64, WIDTH] (+)= a [64, 16] b: a warp has 16 rows of d and a.
-template <int WIDTH> static void wgmma(float* d, const u32* a, u64 b, bool rows_are_k, bool add) {
+static float as_half(u32 x) { unsigned short b = x; _Float16 h; memcpy(&h, &b, 2); return (float)h; }
+template <int WIDTH, bool HALF = false> static void wgmma(float* d, const u32* a, u64 b, bool rows_are_k, bool add) {
     Exchange& e = exchanges[threadIdx.x / 32];
     int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; ++i) e.lanes[lane][i] = a[i];
@@ -212,7 +239,8 @@ template <int WIDTH> static void wgmma(float* d, const u32* a, u64 b, bool rows_
             u32 at = start + n / 8 * stride + k / 8 * leading + (rows_are_k ? k % 8 * 16 + n % 8 * 2 : n % 8 * 16 + k % 8 * 2);
             bf16 x;
             memcpy(&x, memory + at, 2);
-            sum += (k % 2 ? high(pair) : low(pair)) * widened(x);
+            if (HALF) sum += as_half(k % 2 ? pair >> 16 : pair) * as_half(x);
+            else sum += (k % 2 ? high(pair) : low(pair)) * widened(x);
         }
         d[j] = add ? d[j] + sum : sum;
     }
@@ -220,6 +248,11 @@ template <int WIDTH> static void wgmma(float* d, const u32* a, u64 b, bool rows_
 }
 static void first_64(float (&d)[32], const u32* a, u64 b) { wgmma<64>(d, a, b, false, false); }
 static void add_64(float (&d)[32], const u32* a, u64 b) { wgmma<64>(d, a, b, false, true); }
-static void first_64_rows(float (&d)[32], const u32* a, u64 b) { wgmma<64>(d, a, b, true, false); }
+static void first_64_half(float (&d)[32], const u32* a, u64 b) { wgmma<64, true>(d, a, b, false, false); }
+static void add_64_half(float (&d)[32], const u32* a, u64 b) { wgmma<64, true>(d, a, b, false, true); }
+static void first_64_rows_half(float (&d)[32], const u32* a, u64 b) { wgmma<64, true>(d, a, b, true, false); }
+static void add_64_rows_half(float (&d)[32], const u32* a, u64 b) { wgmma<64, true>(d, a, b, true, true); }
 static void add_64_rows(float (&d)[32], const u32* a, u64 b) { wgmma<64>(d, a, b, true, true); }
 static void add_keys(float (&d)[K / 2], const u32* a, u64 b) { wgmma<K>(d, a, b, true, true); }
+static void add_64_shared(float (&d)[32], u64 a, u64 b) { u32 r[4]; fragment(r, a); wgmma<64>(d, r, b, false, true); }
+static void add_keys_shared(float (&d)[K / 2], u64 a, u64 b) { u32 r[4]; fragment(r, a); wgmma<K>(d, r, b, true, true); }

@@ -13,6 +13,13 @@
 //
 // where factors scale columns. The accumulators of one product are, rounded to bf16, the left factor of the next.
 
+// d [64, 64] = a [64, 64] times T^T, both in float16.
+__device__ __forceinline__ void product_half(float (&d)[32], const u32* a, u64 tile) {
+    first_64_half(d, a, tile);
+#pragma unroll
+    for (int i = 1; i < 4; ++i) add_64_half(d, a + 4 * i, tile + i * (2 * GROUP >> 4));
+}
+
 // One chunk: `state_t` comes already multiplied by d, `left` is S^T before that, in bf16; o is where the warp's first
 // value of the first token goes. Returns with the update of `state_t` under way.
 __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[K / 4], u32 at, const Place& w,
@@ -37,9 +44,11 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
             const int e = 8 * i + 2 * j;
             const u32 factor = at + AT_FACTORS + (i * 16 + j / 2 * 8 + w.pair) * 4;
             const float2 b = load_shared_pair(factor), f = load_shared_pair(factor + 256);
-            values[4 * i + j] = pack(low(v[j]) * b.x - x[e] * f.x, high(v[j]) * b.y - x[e + 1] * f.y);
+            x[e] = low(v[j]) * b.x - x[e] * f.x, x[e + 1] = high(v[j]) * b.y - x[e + 1] * f.y;
         }
     }
+    float down[2];
+    halved(values, down, x);
     if (OUTPUT && TIGHT) {
         mma_fence();
         product<K / 16>(out, left, queries, false);
@@ -48,7 +57,7 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
     mma_wait<0>();
     mma_fence();
     const u64 solve = by_columns(at + AT_INVERSE), scores = by_columns(at + AT_SCORES), writes = by_rows(at);
-    product<4>(x, values, solve, false);
+    product_half(x, values, solve);
     mma_commit();
     if (OUTPUT) {
 #pragma unroll
@@ -58,6 +67,7 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
         }
     }
     mma_wait<0>();
+    restore(x, down);
     if (OUTPUT) {
 #pragma unroll
         for (int i = 0; i < 16; ++i) values[i] = pack(x[2 * i], x[2 * i + 1]);

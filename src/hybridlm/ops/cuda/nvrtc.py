@@ -10,15 +10,15 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from hybridlm.atomic import write_file
 from hybridlm.errors import HybridLMError
 
-__all__ = ["Kernel", "compile_source", "driver", "load"]
+__all__ = ["CudaError", "Kernel", "available", "load"]
 
 _OPTIONS = ("--std=c++17", "--gpu-architecture=sm_90a")
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
@@ -34,26 +34,35 @@ def _nvrtc() -> ctypes.CDLL:
     """PyTorch's own NVRTC, or the system's of the same major version."""
     major = (torch.version.cuda or "0").split(".")[0]
     packages = Path(torch.__file__).parent.parent / "nvidia"
-    places = [*packages.glob(f"cu{major}/lib/libnvrtc.so.{major}"), *packages.glob(f"cuda_nvrtc/lib/libnvrtc.so.{major}"),
-              *Path(torch.__file__).parent.glob(f"lib/libnvrtc*.so.{major}")]
-    for place in [*map(str, places), f"libnvrtc.so.{major}"]:
+    places = [packages / f"cu{major}/lib", packages / "cuda_nvrtc/lib", Path(torch.__file__).parent / "lib", Path()]
+    for place in [str(p / f"libnvrtc.so.{major}") for p in places]:  # the last: wherever the system looks
         with contextlib.suppress(OSError):
             return ctypes.CDLL(place)
     raise CudaError(f"no libnvrtc.so.{major} beside PyTorch or on the library path: install nvidia-cuda-nvrtc")
 
 
 @cache
-def driver() -> ctypes.CDLL:
+def _driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as e:
         raise CudaError(f"no CUDA driver: {e}") from None
 
 
+@cache
+def available() -> bool:
+    """Whether there is a compiler and a driver to run what it makes."""
+    try:
+        _nvrtc(), _driver()
+    except CudaError:
+        return False
+    return True
+
+
 def _check(status: int, what: str) -> None:
     if status:
         name = ctypes.c_char_p()
-        driver().cuGetErrorString(status, ctypes.byref(name))
+        _driver().cuGetErrorString(status, ctypes.byref(name))
         raise CudaError(f"{what}: {(name.value or b'unknown error').decode()} ({status})")
 
 
@@ -62,7 +71,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("HYBRIDLM_CACHE") or Path(home) / "hybridlm") / "cuda"
 
 
-def compile_source(source: str) -> bytes:
+def _compile(source: str) -> bytes:
     """Machine code for sm_90a, from the cache on disk where it was compiled before."""
     nvrtc = _nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()
@@ -85,11 +94,9 @@ def compile_source(source: str) -> bytes:
     code = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second at the next start, no more
+    with contextlib.suppress(OSError, HybridLMError):  # no cache costs a second at the next start, no more
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-            f.write(code.raw)
-        os.replace(f.name, path)
+        write_file(path, code.raw)
     return code.raw
 
 
@@ -110,9 +117,9 @@ class Kernel:
         """`shared`: bytes of dynamic shared memory a block takes."""
         torch.cuda.current_stream()  # makes PyTorch's context current
         self._module, self._function, self._shared = ctypes.c_void_p(), ctypes.c_void_p(), shared
-        _check(driver().cuModuleLoadData(ctypes.byref(self._module), code), "loading a kernel")
-        _check(driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), name)
-        _check(driver().cuFuncSetAttribute(self._function, _FUNCTION_MAX_DYNAMIC_SHARED, shared), name)
+        _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code), "loading a kernel")
+        _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), name)
+        _check(_driver().cuFuncSetAttribute(self._function, _FUNCTION_MAX_DYNAMIC_SHARED, shared), name)
 
     def __call__(self, grid: int, threads: int, parameters: ctypes.Structure, overlap: bool = False) -> None:
         """`overlap`: the kernel may start before what precedes it has ended; it waits for that itself."""
@@ -120,13 +127,13 @@ class Kernel:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
         config = _Config(grid, 1, 1, threads, 1, 1, self._shared, stream, ctypes.addressof(attribute), int(overlap))
-        _check(driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointer, None), "launching a kernel")
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointer, None), "launching a kernel")
 
 
 @cache
 def _load(source: str, name: str, shared: int, device: int) -> Kernel:
     with torch.cuda.device(device):
-        return Kernel(compile_source(source), name, shared)
+        return Kernel(_compile(source), name, shared)
 
 
 def load(source: str, name: str, shared: int) -> Kernel:

@@ -6,7 +6,8 @@
 //
 //     L_ij = beta_i D_ij k_i.k_j r_i r_j (i > j)     T = (I + L)^-1     P_ij = scale D_ij q_i.k_j (i >= j)
 //
-// What leaves, per chunk and head: T and P row by row in bf16; the factors b = beta, f = beta exp(G) r,
+// What leaves, per chunk and head: T in float16 (its entries are no larger than 2, and where
+// they alternate, bf16's rounding would cost a hundred times more than everything else) and P in bf16, row by row; the factors b = beta, f = beta exp(G) r,
 // i = exp(G) t, e = exp(G_C - G) r, then G, r and t = scale / |q|, 64 tokens each; and exp(G_C).
 
 struct Prepare {
@@ -24,11 +25,11 @@ constexpr int PITCH = 72;  // floats from row to row of L, which lies over k and
 constexpr int AT_T = 2 * KEY_TILE > CHUNK * PITCH * 4 ? 2 * KEY_TILE : CHUNK * PITCH * 4, AT_P = AT_T + TILE;
 constexpr int AT_GATES = AT_P + TILE;  // G, beta, r, t: 64 floats each
 
-// x_i = e_i - sum over j < i of L_ij x_j, column FIRST + lane of T, into its tile in bf16.
+// x_i = e_i - sum over j < i of L_ij x_j, column FIRST + lane of T, into its tile in float16.
 template <int FIRST> __device__ __forceinline__ void substitute(u32 lower, unsigned char* tile, int lane) {
     float x[CHUNK - FIRST];
     const int column = FIRST + lane;
-    bf16* const to = (bf16*)(tile + column / 8 * GROUP) + column % 8;
+    unsigned short* const to = (unsigned short*)(tile + column / 8 * GROUP) + column % 8;
 #pragma unroll
     for (int i = FIRST; i < CHUNK; ++i) {
         float sum[4] = {column == i ? 1.f : 0.f, 0.f, 0.f, 0.f};
@@ -42,7 +43,7 @@ template <int FIRST> __device__ __forceinline__ void substitute(u32 lower, unsig
         }
         const float y = (sum[0] + sum[1]) + (sum[2] + sum[3]);
         x[i - FIRST] = y;
-        to[i * 8] = (bf16)pack(y, 0.f);
+        to[i * 8] = (unsigned short)pack_half(y, 0.f);
     }
     if (FIRST)
 #pragma unroll
@@ -57,21 +58,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
     const int thread = threadIdx.x, warp = __shfl_sync(0xffffffff, thread / 32, 0), lane = thread % 32;
     long first;
     int rows;
-    if (s.bounds) {
-        if (chunk >= s.offsets[s.sequences]) return;
-        int low = 0, high = s.sequences;  // the sequence with offsets[n] <= chunk < offsets[n + 1]
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (s.offsets[middle] <= chunk) low = middle;
-            else high = middle;
-        }
-        first = s.bounds[low] + (chunk - s.offsets[low]) * CHUNK;
-        rows = min(CHUNK, int(s.bounds[low + 1] - first));
-    } else {
-        const int chunks = (s.time + CHUNK - 1) / CHUNK, n = chunk % chunks;
-        first = (long)(chunk / chunks) * s.time + n * CHUNK;
-        rows = min(CHUNK, s.time - n * CHUNK);
-    }
+    if (!locate(s.bounds, s.offsets, s.sequences, s.time, chunk, first, rows)) return;
     const long record = (long)chunk * s.heads + head;
     const long pitch = (long)s.key_heads * K, start = first * pitch + key_head * K;
     bring<K>(base, s.k + start, pitch, rows, thread);

@@ -8,14 +8,6 @@
 //
 // dX leaves by token where o does in the forward scan, dS' by chunk where S does.
 
-// d [64, 64] = a [64, 64] times a tile whose columns are columns of d, and plus d if `add`.
-__device__ __forceinline__ void product_rows(float (&d)[32], const u32* a, u64 tile, bool add) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (i > 0 || add) add_64_rows(d, a + 4 * i, tile + i * 16);
-        else first_64_rows(d, a, tile);
-}
-
 __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[K / 4], u32 at, const Place& w,
                                      bf16* o, int rows) {
     float x[32];
@@ -33,13 +25,16 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
         x[4 * j] *= f.x, x[4 * j + 1] *= f.y, x[4 * j + 2] *= f.x, x[4 * j + 3] *= f.y;
     }
     mma_fence();
-    product_rows(x, grads, by_rows(at + AT_SCORES), true);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) add_64_rows(x, grads + 4 * i, by_rows(at + AT_SCORES) + i * 16);
     mma_commit();
     mma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < 16; ++i) values[i] = pack(x[2 * i], x[2 * i + 1]);
+    float down[2];
+    halved(values, down, x);
     mma_fence();
-    product_rows(x, values, by_rows(at + AT_INVERSE), false);
+    first_64_rows_half(x, values, by_rows(at + AT_INVERSE));
+#pragma unroll
+    for (int i = 1; i < 4; ++i) add_64_rows_half(x, values + 4 * i, by_rows(at + AT_INVERSE) + i * 16);
     mma_commit();
     u32 scaled[16];
 #pragma unroll
@@ -54,6 +49,7 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
     for (int i = 0; i < 4; ++i) add_keys(state_t, scaled + 4 * i, queries + i * 16);
     mma_commit();
     mma_wait<TIGHT ? 0 : 1>();
+    restore(x, down);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         const float2 f = load_shared_pair(at + AT_FACTORS + 256 + (j * 8 + w.pair) * 4);

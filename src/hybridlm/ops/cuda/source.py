@@ -13,19 +13,27 @@ __all__ = ["source"]
 _ROOM = Path(__file__).parent
 
 
-def _wgmma(name: str, width: int, transpose: bool, add: bool) -> str:
-    """d [64, width] = a [64, 16] b (`add`: +=), a in registers, b [16, width] in shared memory; `transpose`: rows are k."""
+def _wgmma(name: str, width: int, *, rows: bool, add: bool, shared: bool = False, kind: str = "bf16") -> str:
+    """d [64, width] = a [64, 16] b (`add`: +=), b [16, width] in shared memory, `rows`: k by k, else column by column.
+
+    a is in registers or, `shared`, in shared memory row by row.
+    """
     count = width // 2
     outputs = ", ".join(f"%{i}" for i in range(count))
-    left = ", ".join(f"%{count + i}" for i in range(4))
     operands = ", ".join(f'"{"+" if add else "="}f"(d[{i}])' for i in range(count))
+    if shared:
+        left, inputs, argument, transposes, b = f"%{count}", '"l"(a)', "unsigned long long a", "0, ", count + 1
+    else:
+        left = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+        inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+        argument, transposes, b = "const unsigned* a", "", count + 4
     return f"""
-__device__ __forceinline__ void {name}(float (&d)[{count}], const unsigned* a, unsigned long long b) {{
+__device__ __forceinline__ void {name}(float (&d)[{count}], {argument}, unsigned long long b) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {int(add)}, 0;\\n"
-                 "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {{{outputs}}}, {{{left}}}, %{count + 4}, "
-                 "p, 1, 1, {int(transpose)};\\n}}"
+                 "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} {{{outputs}}}, {left}, %{b}, "
+                 "p, 1, 1, {transposes}{int(rows)};\\n}}"
                  : {operands}
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                 : {inputs}, "l"(b));
 }}
 """
 
@@ -33,7 +41,13 @@ __device__ __forceinline__ void {name}(float (&d)[{count}], const unsigned* a, u
 def source(*files: str, **constants: int) -> str:
     """The text of `files` with integer constants defined, ready for NVRTC or nvcc."""
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    wrappers = [_wgmma("first_64", 64, False, False), _wgmma("add_64", 64, False, True),
-                _wgmma("first_64_rows", 64, True, False), _wgmma("add_64_rows", 64, True, True),
-                _wgmma("add_keys", constants["K"], True, True)]
+    keys = constants["K"]
+    wrappers = [_wgmma("first_64", 64, rows=False, add=False), _wgmma("add_64", 64, rows=False, add=True),
+                _wgmma("add_64_rows", 64, rows=True, add=True), _wgmma("add_keys", keys, rows=True, add=True),
+                _wgmma("first_64_half", 64, rows=False, add=False, kind="f16"),
+                _wgmma("add_64_half", 64, rows=False, add=True, kind="f16"),
+                _wgmma("first_64_rows_half", 64, rows=True, add=False, kind="f16"),
+                _wgmma("add_64_rows_half", 64, rows=True, add=True, kind="f16"),
+                _wgmma("add_64_shared", 64, rows=False, add=True, shared=True),
+                _wgmma("add_keys_shared", keys, rows=True, add=True, shared=True)]
     return defines + "".join([*wrappers, *((_ROOM / file).read_text() for file in ("ptx.cuh", "tiles.cuh", *files))])

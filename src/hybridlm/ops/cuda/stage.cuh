@@ -28,6 +28,28 @@ struct Place {
     long pitch;                              // elements from token to token of v and o
 };
 
+// A warp's [16 values, 64 tokens], each row brought to [1, 2) by a power of two, as a left factor in float16, for products
+// with T; `x` is multiplied back by `down` afterwards.
+__device__ __forceinline__ void halved(u32 (&left)[16], float (&down)[2], const float (&x)[32]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float top = 0.f;
+#pragma unroll
+        for (int i = 2 * r; i < 32; i += 4) top = fmaxf(top, fmaxf(fabsf(x[i]), fabsf(x[i + 1])));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
+        const u32 power = __float_as_uint(top) & 0x7f800000;
+        const float up = __uint_as_float(0x7f000000 - power);
+        down[r] = __uint_as_float(power);
+#pragma unroll
+        for (int i = r; i < 16; i += 2) left[i] = pack_half(x[2 * i] * up, x[2 * i + 1] * up);
+    }
+}
+__device__ __forceinline__ void restore(float (&x)[32], const float (&down)[2]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) x[i] *= down[i % 4 / 2];
+}
+
 // A warp's [16 values, 64 tokens] of accumulators to memory, token by token, through its own part of the value tile.
 __device__ __forceinline__ void emit(const float (&x)[32], u32 corner, u32 column, bf16* to, long pitch, int rows,
                                      int lane) {

@@ -45,3 +45,24 @@ template <int COLUMNS> __device__ __forceinline__ void bring(u32 tile, const bf1
     }
 }
 
+
+// The tokens of a chunk, counted through all sequences: its first one and how many; false for a chunk nobody has.
+__device__ __forceinline__ bool locate(const int* bounds, const int* offsets, int sequences, int time, int chunk,
+                                       long& first, int& rows) {
+    if (!bounds) {
+        const int chunks = (time + CHUNK - 1) / CHUNK, n = chunk % chunks;
+        first = (long)(chunk / chunks) * time + n * CHUNK;
+        rows = min(CHUNK, time - n * CHUNK);
+        return true;
+    }
+    if (chunk >= offsets[sequences]) return false;
+    int low = 0, high = sequences;  // the sequence with offsets[n] <= chunk < offsets[n + 1]
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (offsets[middle] <= chunk) low = middle;
+        else high = middle;
+    }
+    first = bounds[low] + (chunk - offsets[low]) * CHUNK;
+    rows = min(CHUNK, int(bounds[low + 1] - first));
+    return true;
+}
