@@ -36,7 +36,7 @@ class CPU:
         self._inv_freq = {rope: _inv_freq(rope, config.head_dim) for rope in ropes if rope}
         self._second = False  # which of two buffers the last norm filled: q's and k's are alive together
 
-    slab = None
+    slab: int | None = None
 
     def state(self) -> State:
         return State(self.layout)

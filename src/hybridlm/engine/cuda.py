@@ -315,7 +315,7 @@ class CUDA:
             if self.kernels:
                 self._decode(slot, w, row, addresses[:1], addresses[1:], positions[t:t + 1], out[t:t + 1], False)
             else:
-                out[t:t + 1] = chunked_delta_rule(self.config, w, state, slot, row, position + t)
+                out[t:t + 1] = chunked_delta_rule(self.config, w, state, slot, row, position + t, False)
 
     def _decode(self, slot: int, w: DeltaNetLayer, inputs: tuple[Tensor, ...], recurrent: Tensor, conv: Tensor,
                 positions: Tensor, out: Tensor, overlap: bool) -> None:
@@ -332,7 +332,8 @@ class CUDA:
         for last in (min(-position % PAGE, len(out)), len(out)):
             if last > first:
                 rows = tuple(x[first:last] for x in inputs)
-                out[first:last] = chunked_delta_rule(self.config, w, state, slot, rows, position + first)
+                out[first:last] = chunked_delta_rule(self.config, w, state, slot, rows, position + first,
+                                                     self.kernels)
                 first = last
 
     def attention(self, layer: int, q: Normed, k: Normed, v: Tensor, window: int | None, batch: Batch) -> Tensor:

@@ -29,10 +29,11 @@ def side_by_side(*parts: Tensor) -> Tensor:
 
 
 def chunked_delta_rule(c: HybridConfig, w: DeltaNetLayer, state: CudaState, slot: int, inputs: tuple[Tensor, ...],
-                       position: int) -> Tensor:
+                       position: int, kernels: bool) -> Tensor:
     """Gated DeltaNet between its projections for T tokens of one sequence from `position` on; moves the state on.
 
-    inputs: q, k [T, Hk K], v [T, Hv V], a, b [T, Hv], gate [T, Hv V]. Returns [T, Hv V].
+    inputs: q, k [T, Hk K], v [T, Hv V], a, b [T, Hv], gate [T, Hv V]. Returns [T, Hv V]. Without `kernels` the delta
+    rule is PyTorch's, the form that kernels are measured against.
     """
     *qkv, a, b, gate = inputs
     time, keys, values = len(gate), c.key_heads * c.key_dim, c.value_heads * c.value_dim
@@ -49,7 +50,7 @@ def chunked_delta_rule(c: HybridConfig, w: DeltaNetLayer, state: CudaState, slot
     o, final = chunk_gated_delta_rule(
         q.unflatten(-1, (c.key_heads, c.key_dim)), k.unflatten(-1, (c.key_heads, c.key_dim)),
         v.unflatten(-1, (c.value_heads, c.value_dim)), decay[None], beta[None],
-        initial_state=state.recurrent[slot][None])
+        initial_state=state.recurrent[slot][None], chunk_size=None if kernels or q.dtype == torch.float32 else 64)
     state.recurrent[slot].copy_(final[0])
     gate = gate.unflatten(-1, (c.value_heads, c.value_dim))
     return gated_rms_norm(o[0], gate, w.norm, c.gdn_norm_eps).flatten(-2)

@@ -89,7 +89,7 @@ def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride
                  mask=in2[:, None] & (c < V)[None, :])
         o = tl.where(c < V, seen + qk * delta, 0.0)  # q of the updated state
         squares += tl.sum(o * o, 0)
-        outs = outs + (o,)
+        outs = outs + (o,)  # type: ignore[assignment]
     size = tl.rsqrt(squares / V + eps)
     for i in tl.static_range(NV):
         c = i * BV + rv
