@@ -35,7 +35,7 @@ __all__ = ["CUDA", "GRAPHS"]
 
 GRAPHS = (1, 2, 4, 8, 16, 32, 64)  # rows of a recorded step; others take the next larger one
 FEW = 64  # rows up to which a product is bound by reading the weights
-SLAB = 8192  # rows of a pass
+SLAB = 1 << 16  # rows of a pass at most
 
 
 def plan(rows: int, cols: int, glu: bool = False) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class CUDA:
         self.config, self.layout, self.device, self.dtype = config, layout, device, dtype
         self.kernels = device.type == "cuda" if kernels is None else kernels
         self.graphs, self.invariant = graphs and device.type == "cuda", invariant
-        self.slab: int | None = SLAB
+        self.slab: int | None = self._rows_that_fit()
         self.kv_dtype = KV_DTYPES[layout.kv_type]
         self._groups = len(layout.windows)
         ropes = {config.rope_of(i) for i, group in enumerate(layout.layers) if group >= 0}
@@ -125,6 +125,13 @@ class CUDA:
                                                           config.head_dim) if self._groups else (1, 1)
             self._parts = torch.empty(floats, dtype=torch.float32, device=device)
             self._counters = torch.zeros(ints, dtype=torch.int32, device=device)
+
+    def _rows_that_fit(self) -> int:
+        """Rows of a pass: what lives between its operations shall take a quarter of what the model leaves."""
+        c = self.config
+        mixer = 2 * c.conv_channels + 3 * c.value_heads * c.value_dim
+        row = self.dtype.itemsize * (8 * c.hidden_size + max(3 * c.intermediate_size, mixer))
+        return max(1024, min(SLAB, self.memory() // (4 * row) // PAGE * PAGE))
 
     def memory(self) -> int:
         """Bytes that states may take: what is free now, and what PyTorch holds without using it."""

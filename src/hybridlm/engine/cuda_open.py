@@ -18,6 +18,8 @@ from hybridlm.formats.gguf_reader import GGUFFile
 
 __all__ = ["open_engine", "random_engine"]
 
+CHECKPOINT_EVERY = 4096  # tokens: passes of few rows waste a GPU
+
 E = TypeVar("E")
 
 
@@ -65,6 +67,7 @@ def _engine(kind: Any, config: HybridConfig, read: Read, fingerprint: str, devic
                             'device="cpu" with quantised weights') from None
     if exact:  # an independent reference: PyTorch's own operations, nothing recorded
         ops = {**ops, "kernels": False, "graphs": False}
+    options["checkpoint_every"] = options.get("checkpoint_every") or CHECKPOINT_EVERY
     made = CUDA(config, layout, device, dtype, **ops)
     cache_bytes = made.memory() // 10 if cache_bytes is None else cache_bytes  # a tenth of what the model leaves
     return kind(weights, made, layout, device=str(device), cache_bytes=cache_bytes, model_bytes=loader.nbytes, **options)

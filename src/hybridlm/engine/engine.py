@@ -65,7 +65,7 @@ class Engine:
     @classmethod
     def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str | None = None,
              context: int | None = None, *, cache_bytes: int | None = None,
-             checkpoint_every: int = CHECKPOINT_EVERY, exact: bool = False, batch_invariant: bool = False,
+             checkpoint_every: int | None = None, exact: bool = False, batch_invariant: bool = False,
              plain: bool = False) -> Engine:
         """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
 
@@ -74,7 +74,7 @@ class Engine:
             threads: that work on a pass; None leaves the native core's choice, all cores. One setting per process.
             kv_type: how attention keeps keys and values: "f32", "f16" (what None is on a processor), "q8_0" (half of
                 f16), or on a GPU "bf16" (what None is there).
-            context, cache_bytes, checkpoint_every: as for `Engine`.
+            context, cache_bytes, checkpoint_every: as for `Engine`; on a GPU every 4096 tokens unless told.
             exact: keep activations in float32 where quantised weights meet 8-bit ones otherwise; on a GPU keep
                 everything in float32. Slow, for measuring.
             batch_invariant: on a GPU, a text's logits are the same in every bit whatever else is read beside it.
@@ -101,7 +101,7 @@ class Engine:
             weights = bind(file.config, file_loader(file, str(path)))
             _set_threads(threads)
             return cls(weights, CPU(file.config, layout, exact), layout, name=path.stem, context=context, file=file,
-                       model_bytes=path.stat().st_size, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every)
+                       model_bytes=path.stat().st_size, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every or CHECKPOINT_EVERY)
         except BaseException:
             file.close()
             raise
@@ -109,7 +109,7 @@ class Engine:
     @classmethod
     def random(cls, config: HybridConfig, type: str = "q4_0", seed: int = 0, *, threads: int | None = None,
                kv_type: str | None = None, context: int | None = None, cache_bytes: int | None = None,
-               checkpoint_every: int = CHECKPOINT_EVERY, device: str = "cpu", batch_invariant: bool = False) -> Engine:
+               checkpoint_every: int | None = None, device: str = "cpu", batch_invariant: bool = False) -> Engine:
         """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer.
 
         On a GPU the type is bfloat16, whatever `type` says.
@@ -128,7 +128,8 @@ class Engine:
         layout = Layout.of(config, f"random {type} {seed} {config}", _host_kv(kv_type))
         _set_threads(threads)
         return cls(weights, CPU(config, layout), layout, name=f"random-{type}", context=context,
-                   model_bytes=loader.nbytes, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every)
+                   model_bytes=loader.nbytes, cache_bytes=cache_bytes,
+                   checkpoint_every=checkpoint_every or CHECKPOINT_EVERY)
 
     # -- text ----------------------------------------------------------------------------------------------------
 

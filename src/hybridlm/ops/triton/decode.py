@@ -127,24 +127,29 @@ def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tens
 @triton.jit
 def _add_norm(x, y, weight, inner, out, x_stride, y_stride, eps, inner_eps, D: tl.constexpr, BLOCK: tl.constexpr,
               SUM: tl.constexpr, INNER: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr):
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = c < D
+    if OVERLAP:
+        gdc_launch_dependents()
+    if INNER:
+        w_inner = tl.load(inner + c, mask=mask, other=0.0)
+    if NORM:
+        w = tl.load(weight + c, mask=mask, other=0.0)
+    if OVERLAP:
+        gdc_wait()
     s = tl.load(x + row * x_stride + c, mask=mask, other=0.0)
     if SUM:
         t = tl.load(y + row * y_stride + c, mask=mask, other=0.0)
         if INNER:
             t = t.to(tl.float32)
-            t = t * tl.rsqrt(tl.sum(t * t, 0) / D + inner_eps) * tl.load(inner + c, mask=mask, other=0.0)
+            t = t * tl.rsqrt(tl.sum(t * t, 0) / D + inner_eps) * w_inner
             s = (s.to(tl.float32) + t).to(s.dtype)
         else:
             s = (s.to(tl.float32) + t.to(tl.float32)).to(s.dtype)
         tl.store(x + row * x_stride + c, s, mask=mask)
     if NORM:
         s = s.to(tl.float32)
-        z = s * tl.rsqrt(tl.sum(s * s, 0) / D + eps) * tl.load(weight + c, mask=mask, other=0.0)
+        z = s * tl.rsqrt(tl.sum(s * s, 0) / D + eps) * w
         tl.store(out + row * D + c, z.to(out.dtype.element_ty), mask=mask)
 
 

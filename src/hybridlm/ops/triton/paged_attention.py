@@ -28,12 +28,13 @@ def _decode_attention(q, tables, positions, out, parts, counters, q_stride, out_
                       SPLIT: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     address = tl.load(tables + row)
+    length = (tl.load(positions + row) + 1).to(tl.int32)
+    if OVERLAP:  # addresses and positions were there before the step; queries and the newest keys come from just before
+        gdc_wait()
     if address == 0:
         return
-    length = (tl.load(positions + row) + 1).to(tl.int32)
     start = tl.maximum(length - window, 0) if window > 0 else 0
     first, pages = start // PAGE, tl.cdiv(length, PAGE)
     share = tl.cdiv(pages - first, SPLIT)
@@ -120,12 +121,13 @@ def _store_qkv(q, k, v, q_weight, k_weight, inv_freq, q_out, tables, positions, 
                ROPE: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     address = tl.load(tables + row)
+    position = tl.load(positions + row)
+    if OVERLAP:
+        gdc_wait()
     if address == 0:
         return
-    position = tl.load(positions + row)
     if part == 0:
         y = _normed(q + row * stride, q_weight, inv_freq, position, eps, rope_scale, H * D, D, BQ, ROPE)
         cq = tl.arange(0, BQ)
