@@ -22,13 +22,13 @@ __all__ = ["fused_gated_delta_rule", "takes"]
 @functools.cache
 def _widest_key(index: int) -> int:
     """The widest key that the kernels take on a device, 0 where they don't run (Triton 3.6 can't compile the backward
-    pass for sm_100). Wider keys need more shared memory than a consumer's GPU has."""
+    pass for sm_100). Wider keys need more shared memory than a consumer's GPU has (99 KB)."""
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return 0
-    properties = torch.cuda.get_device_properties(index)
-    if properties.major not in (8, 9, 12):
+    capability = torch.cuda.get_device_capability(index)
+    if capability[0] not in (8, 9, 12):
         return 0
-    return 256 if properties.shared_memory_per_block_optin >= 160 << 10 else 128
+    return 256 if capability in ((8, 0), (8, 7), (9, 0)) else 128
 
 
 @torch.compiler.assume_constant_result
@@ -38,7 +38,7 @@ def _widest(index: int) -> int:
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the fused operator computes this call: bfloat16 or float16 on an NVIDIA GPU of compute capability 8, 9 or
-    12, K and V multiples of 16 up to 256 (K up to 128 where a block has under 160 KB of shared memory)."""
+    12, K and V multiples of 16 up to 256 (K up to 128 where a block has only 99 KB of shared memory)."""
     return (v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and q.dtype == v.dtype and k.dtype == v.dtype
             and k.shape[-1] % 16 == 0 and v.shape[-1] % 16 == 0 and 0 < v.shape[-1] <= 256 and v.shape[1] > 0
             and 0 < k.shape[-1] <= _widest(v.device.index))

@@ -20,14 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridlm.ops.triton.delta_rule_forward import find
+from hybridlm.ops.triton.delta_rule_forward import FLOOR, find, lower_half
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "sequences"])
 def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry, bounds, offsets, dfinal, dv, dstates,
                         dinitial, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr,
                         V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr,
-                        VARLEN: tl.constexpr, SPLIT: tl.constexpr):
+                        VARLEN: tl.constexpr):
     """dv, and dS' at the end of each chunk, [chunks, H, V, K] in dv's type; INITIAL: also the initial state's."""
     slab = tl.program_id(0)
     head = tl.program_id(1)
@@ -58,7 +58,12 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
 
     at = (r * (HK * K))[:, None]
     tile = r[:, None] * 64 + r[None, :]
+    kept = lower_half(r)
     values = (r * (H * V))[None, :] + cv[:, None]
+    # do is fetched one chunk ahead into registers: shared memory for it would leave room for one program only.
+    last = (chunks - 1) * 64
+    d = tl.load(do + ((first + last).to(tl.int64) * H + head) * V + values,
+                mask=(last + r < length)[None, :] & inside[:, None] & (last >= 0), other=0.0)
     for i in range(chunks):
         c = chunks - 1 - i
         here = c * 64 + r < length
@@ -69,11 +74,9 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
         vc = (token * H + head) * V
         ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
         qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
-        t = tl.load(inverse + index * 4096 + tile)
-        if SPLIT:  # volatile: not buffered twice, so that two programs fit into a multiprocessor
-            t_rest = tl.load(rest_inverse + index * 4096 + tile, volatile=True)
-        p = tl.load(scores + index * 4096 + tile)
-        d = tl.load(do + vc + values, mask=here[None, :] & inside[:, None], other=0.0)
+        t = tl.load(inverse + index * 4096 + tile, mask=kept, other=0.0)
+        t_rest = tl.load(rest_inverse + index * 4096 + tile, mask=kept, other=0.0)
+        p = tl.load(scores + index * 4096 + tile, mask=kept, other=0.0)
         b = tl.load(factors + index * 448 + r)
         bk = tl.load(factors + index * 448 + 64 + r)
         into = tl.load(factors + index * 448 + 128 + r)
@@ -81,21 +84,22 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
         fade = tl.load(carry + index)
 
         na = sa.to(narrow)
-        base = dstates + index * (V * K)
-        tl.store(base + cv[:, None] * K + ca[None, :], na, mask=inside[:, None])
         dw = tl.dot(na, tl.trans(ka), input_precision=EXACT)
         if KB > 0:
             kb = tl.load(kc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
             qb = tl.load(qc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
             nb = sb.to(narrow)
-            tl.store(base + cv[:, None] * K + cb[None, :], nb, mask=inside[:, None] & (cb < K)[None, :])
             dw = tl.dot(nb, tl.trans(kb), dw, input_precision=EXACT)
         dw = tl.dot(d, p, dw * rest[None, :], input_precision=EXACT)
+        base = dstates + index * (V * K)
+        tl.store(base + cv[:, None] * K + ca[None, :], na, mask=inside[:, None])
+        if KB > 0:
+            tl.store(base + cv[:, None] * K + cb[None, :], nb, mask=inside[:, None] & (cb < K)[None, :])
         dx = tl.dot(dw.to(narrow), t, input_precision=EXACT)
-        if SPLIT:
-            dx = tl.dot(dw.to(narrow), t_rest, dx, input_precision=EXACT)
+        dx = tl.dot(dw.to(narrow), t_rest, dx, input_precision=EXACT)
         tl.store(dv + vc + values, (dx * b[None, :]).to(narrow), mask=here[None, :] & inside[:, None])
         dq = (d.to(tl.float32) * into[None, :]).to(narrow)
+        d = tl.load(do + vc - 64 * H * V + values, mask=inside[:, None] & (c > 0), other=0.0)
         dk = (dx * -bk[None, :]).to(narrow)
         sa = tl.dot(dq, qa, sa * fade, input_precision=EXACT)
         sa = tl.dot(dk, ka, sa, input_precision=EXACT)
@@ -109,11 +113,11 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
             tl.store(dinitial + memory + cb[None, :] * V + cv[:, None], sb, mask=inside[:, None] & (cb < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "sequences", "width"])
 def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_scratch, second_scratch, bounds,
                     offsets, dq, dk, dg, dbeta, time, sequences, width, scale, H: tl.constexpr, HK: tl.constexpr,
                     K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr,
-                    NORM: tl.constexpr, VARLEN: tl.constexpr, FLOOR: tl.constexpr):
+                    NORM: tl.constexpr, VARLEN: tl.constexpr):
     """The gradients of q, k, g and beta for one chunk and value head; dq and dk are per value head, [B T, H, K].
 
     The scratches [chunks, H, 64, 64] take (dP D s) and N, to be read back transposed. `width` is V, not known to the
@@ -181,10 +185,11 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     strict = r[:, None] > r[None, :]
     same = r[:, None] == r[None, :]
     tile = index * 4096 + r[:, None] * 64 + r[None, :]
+    half = lower_half(r)
     d_ij = tl.exp(tl.where(strict, decay[:, None] - decay[None, :], 0.0)) * lk[None, :]
     db = tl.sum(tl.where(same, dl, 0.0), 1) / tl.where(here, b * b, 1.0)
     dl = tl.where(strict, dl * d_ij * -lk[:, None], 0.0)
-    tl.store(second_scratch + tile, dl.to(narrow))
+    tl.store(second_scratch + tile, dl.to(narrow), mask=half)
     gram *= dl
     over, under = tl.sum(gram, 1), tl.sum(gram, 0)
     along_k = over + under
@@ -195,7 +200,7 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
         qb = tl.load(q + at + cb[None, :], mask=sides, other=0.0)
         pairs = tl.dot(qb, tl.trans(kb), pairs, input_precision=EXACT)
     dp = tl.where(strict | same, dp * d_ij * lq[:, None], 0.0)
-    tl.store(first_scratch + tile, dp.to(narrow))
+    tl.store(first_scratch + tile, dp.to(narrow), mask=half)
     pairs *= dp
     diagonal = tl.sum(tl.where(same, pairs, 0.0), 1)
     pairs = tl.where(strict, pairs, 0.0)
@@ -273,10 +278,10 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     ddecay += seen + read - written
     last = tl.sum(kept, 0) * fade + tl.sum(written, 0)
 
-    dp_n = tl.load(first_scratch + tile)
+    dp_n = tl.load(first_scratch + tile, mask=half, other=0.0)
     dqa = tl.dot(dp_n, ka, dqa, input_precision=EXACT)
     dka = tl.dot(tl.trans(dp_n), qa, dka, input_precision=EXACT)
-    dl_n = tl.load(second_scratch + tile)
+    dl_n = tl.load(second_scratch + tile, mask=half, other=0.0)
     dka = tl.dot(dl_n, ka, dka, input_precision=EXACT)
     dka = tl.dot(tl.trans(dl_n), ka, dka, input_precision=EXACT)
     if KB > 0:

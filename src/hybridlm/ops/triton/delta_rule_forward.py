@@ -1,4 +1,5 @@
-"""Kernels of the chunked gated delta rule, forward: `prepare_kernel`, parallel over chunks, then `scan_kernel`.
+"""Kernels of the chunked gated delta rule, forward: `prepare_kernel`, parallel over chunks, then `scan_kernel`, which
+may leave o to `output_kernel`.
 
 The mathematics is that of `hybridlm.ops.chunked`; what differs is what reaches memory. In a chunk of C = 64 tokens,
 with k and q of unit length, G the running sum of log decays, D_ij = exp(G_i - G_j) and s = K^-1/2:
@@ -42,38 +43,40 @@ def find(offsets, index, count):
 
 
 @triton.jit
+def lower_half(r):
+    """What of a lower triangular 64 x 64 matrix is kept in memory: whole blocks of 8 x 8, for 16-byte loads."""
+    return r[:, None] // 8 >= r[None, :] // 8
+
+
+@triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):
-    """a @ b for float32 with entries of order 1. "fp16": as precise as tf32 and faster; "fp16x3": nearly float32."""
+    """a @ b for float32 with entries of order 1; "fp16" is as precise as tf32, and faster."""
     if PRECISION == "ieee":
         return tl.dot(a, b, input_precision="ieee")
-    high_a, high_b = a.to(tl.float16), b.to(tl.float16)
-    y = tl.dot(high_a, high_b)
-    if PRECISION == "fp16x3":
-        y = tl.dot(high_a, (b - high_b.to(tl.float32)).to(tl.float16), y)
-        y = tl.dot((a - high_a.to(tl.float32)).to(tl.float16), high_b, y)
-    return y
+    return tl.dot(a.to(tl.float16), b.to(tl.float16))
 
 
 @triton.jit
 def doubled(x, lower, row, column, size: tl.constexpr, PRECISION: tl.constexpr):
+    """From inverses x of blocks of `size` to those of twice the size: [[a, 0], [b, d]]^-1 = [[a', 0], [-d' b a', d']].
+    """
     lower_left = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
     return x - matmul(x, matmul(tl.where(lower_left, lower, 0.0), x, PRECISION), PRECISION)
 
 
 @triton.jit
 def unit_lower_inverse(lower, PRECISION: tl.constexpr):
-    """(I + L)^-1 for strictly lower triangular L [64, 64] in float32, blocks of 16 by substitution.
+    """(I + L)^-1 for strictly lower triangular L [64, 64] in float32, from blocks of 2 upwards.
 
-    All entries of it are bounded by 2 in the delta rule (a product of contractions between two unit keys).
-    With X the inverse of the blocks on the diagonal and Y = X (L outside of them), which is nilpotent of order 4,
-    (I + L)^-1 = (I + Y)^-1 X = (I - Y)(I + Y^2) X.
+    All entries of it are bounded by 2 in the delta rule (a product of contractions between two unit keys), so float16
+    holds them well. With X the inverse of the blocks of 16 on the diagonal and Y = X (L outside of them), which is
+    nilpotent of order 4, (I + L)^-1 = (I + Y)^-1 X = (I - Y)(I + Y^2) X.
     """
     block = tl.arange(0, 4)[:, None, None, None] == tl.arange(0, 4)[None, None, :, None]
     four = tl.reshape(lower, (4, 16, 4, 16))
     diagonal = tl.sum(tl.where(block, four, 0.0), 2)
     outside = tl.reshape(tl.where(block, 0.0, four), (64, 64))
     row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    # Twice the block at each step: [[a, 0], [b, d]]^-1 = [[a', 0], [-d' b a', d']].
     pair = (row // 2 == column // 2) & (row > column)
     x = tl.where(row == column, 1.0, tl.where(pair, -diagonal, 0.0))
     x = doubled(x, diagonal, row, column, 2, PRECISION)
@@ -85,10 +88,10 @@ def unit_lower_inverse(lower, PRECISION: tl.constexpr):
     return z - matmul(y, z, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "sequences"])
 def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores, factors, carry, time, sequences,
                    scale, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-                   NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
+                   NORM: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr):
     """T and P of one chunk and value head, and its factors per token: beta, beta exp(G) |k|^-1, s exp(G) |q|^-1 and
     exp(G_C - G) |k|^-1, then G, |k|^-1 and s |q|^-1; `carry` is exp(G_C)."""
     head = tl.program_id(0)
@@ -153,28 +156,27 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores
     seen = r[:, None] >= r[None, :]
     d = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], float("-inf"))) * lk[None, :]
     tile = out * 4096 + r[:, None] * 64 + r[None, :]
-    tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow))
+    kept = lower_half(r)
+    tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow), mask=kept)
     lower = tl.where(r[:, None] > r[None, :], gram * d * (b * lk)[:, None], 0.0)
     t = unit_lower_inverse(lower, PRECISION)
-    if SPLIT:
-        if narrow == tl.bfloat16:  # cut, not rounded: no conversion back, and the rest has as many bits
-            high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        else:
-            high = t.to(narrow).to(tl.float32)
-        tl.store(rest_inverse + tile, (t - high).to(narrow))
-        t = high
-    tl.store(inverse + tile, t.to(narrow))
+    if narrow == tl.bfloat16:  # cut, not rounded: no conversion back, and the rest has as many bits
+        high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        high = t.to(narrow).to(tl.float32)
+    tl.store(inverse + tile, high.to(narrow), mask=kept)
+    tl.store(rest_inverse + tile, (t - high).to(narrow), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "sequences"])
 def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes,
                 final, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                 KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-                STATES: tl.constexpr, VARLEN: tl.constexpr, SPLIT: tl.constexpr):
+                STATES: tl.constexpr, FINAL: tl.constexpr, VARLEN: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
-    OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w,
-    shaped as v; both in v's type.
+    OUTPUT: write o. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w, shaped as v; both in
+    v's type. FINAL: write the final state.
     """
     slab = tl.program_id(0)
     head = tl.program_id(1)
@@ -197,7 +199,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
     cv = slab * BV + tl.arange(0, BV)
     inside = cv < V
 
-    memory = ((n * H + head) * K * V).to(tl.int64)
+    memory = (n * H + head).to(tl.int64) * (K * V)
     if INITIAL:
         sa = tl.load(initial + memory + ca[None, :] * V + cv[:, None], mask=inside[:, None], other=0.0)
         if KB > 0:
@@ -210,6 +212,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
 
     at = (r * (HK * K))[:, None]
     tile = r[:, None] * 64 + r[None, :]
+    kept = lower_half(r)
     values = (r * (H * V))[None, :] + cv[:, None]
     for c in range(chunks):
         here = c * 64 + r < length
@@ -219,7 +222,8 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
         vc = v + (token * H + head) * V
         index = ((chunk + c) * H + head).to(tl.int64)
         ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
-        t = tl.load(inverse + index * 4096 + tile)
+        t = tl.load(inverse + index * 4096 + tile, mask=kept, other=0.0)
+        t_rest = tl.load(rest_inverse + index * 4096 + tile, mask=kept, other=0.0)
         x = tl.load(vc + values, mask=here[None, :] & inside[:, None], other=0.0)
         b = tl.load(factors + index * 448 + r)
         bk = tl.load(factors + index * 448 + 64 + r)
@@ -239,8 +243,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             read = tl.dot(nb, tl.trans(kb), read, input_precision=EXACT)
         x = x.to(tl.float32) * b[None, :] - read * bk[None, :]
         w = tl.dot(x.to(narrow), tl.trans(t), input_precision=EXACT)
-        if SPLIT:
-            w = tl.dot(x.to(narrow), tl.trans(tl.load(rest_inverse + index * 4096 + tile)), w, input_precision=EXACT)
+        w = tl.dot(x.to(narrow), tl.trans(t_rest), w, input_precision=EXACT)
         if STATES:
             tl.store(writes + (token * H + head) * V + values, w.to(narrow), mask=here[None, :] & inside[:, None])
         nw = (w * rest[None, :]).to(narrow)
@@ -249,7 +252,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             sb = tl.dot(nw, kb, sb * fade, input_precision=EXACT)
         if OUTPUT:
             qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
-            p = tl.load(scores + index * 4096 + tile)
+            p = tl.load(scores + index * 4096 + tile, mask=kept, other=0.0)
             y = tl.dot(na, tl.trans(qa), input_precision=EXACT)
             if KB > 0:
                 qb = tl.load(qc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
@@ -258,7 +261,52 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             y = tl.dot(w.to(narrow), tl.trans(p), y, input_precision=EXACT)
             tl.store(o + (token * H + head) * V + values, y.to(narrow), mask=here[None, :] & inside[:, None])
 
-    if OUTPUT:
+    if FINAL:
         tl.store(final + memory + ca[None, :] * V + cv[:, None], sa, mask=inside[:, None])
         if KB > 0:
             tl.store(final + memory + cb[None, :] * V + cv[:, None], sb, mask=inside[:, None] & (cb < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["time", "sequences"])
+def output_kernel(q, scores, factors, states, writes, bounds, offsets, o, time, sequences, H: tl.constexpr,
+                  HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+                  BV: tl.constexpr, VARLEN: tl.constexpr):
+    """o of one chunk, value head and slab, from each chunk's starting state and writes."""
+    slab = tl.program_id(0)
+    head = tl.program_id(1)
+    chunk = tl.program_id(2)
+    if VARLEN:
+        if chunk >= tl.load(offsets + sequences):
+            return
+        n = find(offsets, chunk, sequences)
+        first = tl.load(bounds + n)
+        start = (chunk - tl.load(offsets + n)) * 64
+        length = tl.load(bounds + n + 1) - first
+    else:
+        chunks = tl.cdiv(time, 64)
+        first = (chunk // chunks) * time
+        start = (chunk % chunks) * 64
+        length = time
+    narrow = o.dtype.element_ty
+    EXACT: tl.constexpr = "ieee" if narrow == tl.float32 else "tf32"
+    r = tl.arange(0, 64)
+    here = (start + r < length)[:, None]
+    token = (first + start).to(tl.int64)
+    index = (chunk * H + head).to(tl.int64)
+    ca = tl.arange(0, KA)
+    cv = slab * BV + tl.arange(0, BV)
+    inside = cv < V
+    at = (token * HK + head // (H // HK)) * K + (r * (HK * K))[:, None]
+    values = (token * H + head) * V + (r * (H * V))[:, None] + cv[None, :]
+    qa = tl.load(q + at + ca[None, :], mask=here, other=0.0)
+    base = states + index * (V * K) + cv[:, None] * K
+    y = tl.dot(qa, tl.trans(tl.load(base + ca[None, :], mask=inside[:, None], other=0.0)), input_precision=EXACT)
+    if KB > 0:
+        cb = KA + tl.arange(0, KB)
+        qb = tl.load(q + at + cb[None, :], mask=here & (cb < K)[None, :], other=0.0)
+        sb = tl.load(base + cb[None, :], mask=inside[:, None] & (cb < K)[None, :], other=0.0)
+        y = tl.dot(qb, tl.trans(sb), y, input_precision=EXACT)
+    p = tl.load(scores + index * 4096 + r[:, None] * 64 + r[None, :], mask=lower_half(r), other=0.0)
+    w = tl.load(writes + values, mask=here & inside[None, :], other=0.0)
+    y = tl.dot(p, w, y * tl.load(factors + index * 448 + 128 + r)[:, None], input_precision=EXACT)
+    tl.store(o + values, y.to(narrow), mask=here & inside[None, :])
