@@ -4,6 +4,7 @@
     python -m benchmarks.gpu_train_step twin     # 1b beside its transformer twin at 8k, 32k and 64k, interleaved
     python -m benchmarks.gpu_train_step peer     # beside transformers + fla, and transformers with our operations
     python -m benchmarks.gpu_train_step memory   # peak bytes at 4k, 32k and 64k tokens, and what fits in 24, 80, 141 GB
+    python -m benchmarks.gpu_train_step --warm 1b,8192,16,4 &     # compile ahead, several at a time: only saves waiting
 
 Bfloat16 activations, float32 weights and moments, blocks compiled, random tokens. FLOP are those of
 `hybridlm.train.speed.flops_per_token`; nothing recomputed counts. `--json FILE` appends one object a line.
@@ -23,10 +24,13 @@ from typing import Any
 
 import torch
 
+from hybridlm import HybridConfig
+from hybridlm.model import HybridLM
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
 from hybridlm.train.speed import Speed, Stopwatch, flops_per_token
 
+LENGTHS = (8192, 32_768, 65_536)
 LINES: list[dict[str, Any]] = []
 
 
@@ -65,20 +69,42 @@ def mfu(repeat: int) -> None:
         del watch
 
 
-def twin(repeat: int, sequences: tuple[int, ...] = (8192, 32_768, 65_536)) -> None:
-    """Both trainers live side by side, and their steps alternate."""
-    for sequence in sequences:
+def twin(repeat: int) -> None:
+    """Both trainers live side by side and their steps alternate; at 64k, where they don't fit, one after the other."""
+    for sequence in LENGTHS:
         fresh()
         batch = max(1, 16_384 // sequence)
-        pair = [Stopwatch(recipe(name, sequence, batch, recompute=sequence > 32_768), warm=1)
-                for name in ("1b", "1b-twin")]
-        for _ in range(repeat):
-            for watch in pair:
-                watch.time(1)
-        ours, theirs = (watch.speed() for watch in pair)
+        recipes = [recipe(name, sequence, batch) for name in ("1b-twin", "1b")]
+        if sequence < 65_536:
+            pair = [Stopwatch(r, warm=1) for r in recipes]
+            for _ in range(repeat):
+                for watch in pair:
+                    watch.time(1)
+            theirs, ours = (watch.speed() for watch in pair)
+            theirs, ours = (replace(s, peak_bytes=0) for s in (theirs, ours))  # that of both
+            del pair, watch
+        else:
+            theirs, ours = (alone(r, min(repeat, 3)) for r in recipes)
         tell("1b-twin", theirs)
         tell("1b", ours, ratio=round(ours.tokens_per_second / theirs.tokens_per_second, 3))
-        del pair, watch
+
+
+def alone(r: Recipe, repeat: int) -> Speed:
+    """One trainer's speed, and its memory given back."""
+    watch = Stopwatch(r, warm=0)
+    watch.time(repeat)
+    speed = watch.speed()
+    del watch
+    fresh()
+    return speed
+
+
+def warm(name: str, sequence: int, batch: int, microbatch: int) -> None:
+    """Fill the compiler's caches: one step of a model with one block of each kind, all that is compiled."""
+    full = recipe(name, sequence, batch, microbatch)
+    kinds = tuple(dict.fromkeys(full.model.layer_types))
+    watch = Stopwatch(replace(full, model=full.model.with_(layer_types=kinds, vocab_size=1024)), warm=0)
+    print(f"compiled {name} for {microbatch} x {sequence}: {watch.first:.1f} s", flush=True)
 
 
 def peer(repeat: int, sequence: int = 8192, batch: int = 1) -> None:
@@ -143,40 +169,75 @@ def _transformers(config: dict[str, Any], *, fla: bool, hook: bool, sequence: in
 
 
 def memory(repeat: int) -> None:
-    """Peaks of one sequence, and the lengths that fit, from peaks measured under a cap on the allocator."""
-    total = torch.cuda.get_device_properties(0).total_memory
+    """Peaks of training one sequence of the 1b shapes, and of reading a prompt with the 7B's shapes."""
     for name in ("1b", "1b-twin"):
-        for recompute in (False, True):
-            peaks = {}
-            for sequence in (4096, 32_768, 65_536):
+        peaks = {}
+        for sequence in (4096, 32_768, 65_536):
+            try:
+                speed = alone(recipe(name, sequence, 1), 1)
+                peaks[sequence] = speed.peak_bytes
+                tell(f"{name} training", speed)
+            except torch.OutOfMemoryError:
                 fresh()
-                try:
-                    watch = Stopwatch(recipe(name, sequence, 1, recompute=recompute), warm=0)
-                    watch.time(1)
-                    speed = watch.speed()
-                    peaks[sequence] = speed.peak_bytes
-                    tell(name + (" recompute" if recompute else ""), speed)
-                    del watch
-                except torch.OutOfMemoryError:
-                    print(f"{name} {sequence} recompute={recompute}: out of memory", flush=True)
-            lengths = sorted(peaks)
-            slope = (peaks[lengths[-1]] - peaks[lengths[0]]) / (lengths[-1] - lengths[0])
-            fixed = peaks[lengths[0]] - slope * lengths[0]
-            fits = {gb: max(0, int((min(gb * 1e9, total) * 0.97 - fixed) / slope) // 1024) for gb in (24, 80, 141)}
-            LINES.append({"what": name, "recompute": recompute, "fixed_gb": round(fixed / 1e9, 2),
-                          "kb_a_token": round(slope / 1e3, 1), "fits_ktokens": fits})
-            print(f"{name} recompute={recompute}: {fixed / 1e9:.1f} GB and {slope / 1e3:.0f} kB a token; "
-                  f"tokens that fit: {', '.join(f'{gb} GB {k}k' for gb, k in fits.items())}", flush=True)
+                print(f"{name} training {sequence}: out of memory", flush=True)
+        if len(peaks) > 1:
+            first, last = min(peaks), max(peaks)
+            each = (peaks[last] - peaks[first]) / (last - first)
+            fits(f"{name} training", peaks[first] - each * first, each * 1024, "thousand tokens at a time")
+    for name in ("7b", "olmo3-7b"):
+        inference(name)
+
+
+def fits(what: str, fixed: float, each: float, unit: str) -> None:
+    """How many fit in cards of three sizes, 3% left free."""
+    counts = {gb: max(0, int((0.97 * gb * 1e9 - fixed) / each)) for gb in (24, 80, 141)}
+    LINES.append({"what": what, "fixed_gb": round(fixed / 1e9, 2), "mb_each": round(each / 1e6, 2), "unit": unit,
+                  "fits": counts})
+    print(f"{what}: {fixed / 1e9:.1f} GB and {each / 1e6:.0f} MB each; {unit} that fit: "
+          + ", ".join(f"{count} in {gb} GB" for gb, count in counts.items()), flush=True)
+
+
+@torch.no_grad()
+def inference(name: str, part: int = 4096) -> None:
+    """Bytes that one sequence's cache takes after a prompt read `part` tokens at a time, bfloat16 weights."""
+    fresh()
+    config = HybridConfig.preset(name)
+    with torch.device("meta"):
+        model = HybridLM(config, init=False).to(torch.bfloat16)
+    model.to_empty(device="cuda")
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02)
+    model._place_frequencies()
+    weights = torch.cuda.memory_allocated()
+    for length in (4096, 32_768, 65_536):
+        cache, ids = model.new_cache(), torch.randint(config.vocab_size, (1, length), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for at in range(0, length, part):
+            model.hidden(ids[:, at:at + part], cache=cache)
+        held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated()
+        LINES.append({"what": f"{name} inference", "tokens": length, "weights_gb": round(weights / 1e9, 2),
+                      "cache_gb": round(cache.nbytes / 1e9, 3), "held_gb": round(held / 1e9, 3),
+                      "peak_gb": round(peak / 1e9, 2)})
+        print(f"{name} inference, {length} tokens: weights {weights / 1e9:.2f} GB, cache {cache.nbytes / 1e9:.3f} GB "
+              f"({held / 1e9:.3f} GB held), peak {peak / 1e9:.2f} GB", flush=True)
+        fits(f"{name} inference at {length}", peak - cache.nbytes, cache.nbytes, "sequences")
+        del cache
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("mfu", "twin", "peer", "memory"))
+    parser.add_argument("what", nargs="*", choices=("mfu", "twin", "peer", "memory", []))
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--warm", metavar="NAME,SEQUENCE,BATCH,MICROBATCH")
     parser.add_argument("--json", help="a file that gets one object a line")
     o = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this measures a CUDA device, and PyTorch sees none")
+    if o.warm:
+        name, *sizes = o.warm.split(",")
+        warm(name, *map(int, sizes))
+        return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; 1b at 8k needs "
           f"{flops_per_token(find('1b').model, 8192) / 1e9:.2f} GFLOP a token", flush=True)
     for what in o.what:

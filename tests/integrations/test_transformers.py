@@ -79,3 +79,29 @@ def test_disable_gives_theirs_back(model):
     assert theirs.causal_conv1d_fn is hook.causal_conv1d_fn
     hook.disable()
     assert theirs.causal_conv1d_fn is not hook.causal_conv1d_fn
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_in_bfloat16_it_is_as_near_to_float32_as_theirs(tmp_path):
+    from hybridlm.config import FULL, LINEAR, HybridConfig
+
+    config = HybridConfig(vocab_size=500, hidden_size=128, intermediate_size=256, num_attention_heads=2,
+                          layer_types=(LINEAR, LINEAR, FULL), pad_token_id=0)
+    random_model(config, 0).save_pretrained(tmp_path)
+    ids = torch.randint(1, 500, (2, 150), generator=torch.Generator().manual_seed(0))
+
+    def step(device, dtype):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).to(device)
+        out = model(ids.to(device), labels=ids.to(device))
+        out.loss.backward()
+        gradient = torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
+        generated = model.generate(ids[:, :20].to(device), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert generated.shape == (2, 28)
+        return out.logits.detach().float().cpu(), gradient
+
+    hook.disable()
+    exact = step("cpu", torch.float32)
+    theirs, ours = both(lambda: step("cuda", torch.bfloat16))
+    for mine, other, want in zip(ours, theirs, exact, strict=True):
+        assert (mine - want).norm() < 1.2 * (other - want).norm() + 1e-3 * want.norm()

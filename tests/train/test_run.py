@@ -51,7 +51,7 @@ def killed_until_done(nursery, undisturbed, out, seed, most):
     recipe, data, curve, weights, _ = undisturbed
     rng, kills = random.Random(seed), 0
     while True:
-        wait = rng.uniform(0.02, 1.2) if kills < most else None
+        wait = rng.uniform(0.02, 0.6) if kills < most else None
         code, told = nursery.run(recipe, data=data, out=out, kill_after=wait)
         kills += code == -signal.SIGKILL
         assert code in (0, -signal.SIGKILL), told
