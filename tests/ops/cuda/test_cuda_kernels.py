@@ -86,7 +86,8 @@ def errors(x, start, *, bounds=None, norm=True, backward=True):
     got = list(delta_rule.forward(*x, start, cu, norm))
     want = [o, state]
     if backward:
-        do, dstate = torch.randn(o.shape).to(x[2]), torch.randn(state.shape).to(start)
+        r = torch.Generator().manual_seed(1)
+        do, dstate = torch.randn(o.shape, generator=r).to(x[2]), torch.randn(state.shape, generator=r).to(start)
         want += torch.autograd.grad((o, state), leaves, (do.double(), dstate.double()))
         got += delta_rule.backward(do, dstate, *x, start, cu, norm)
     return [float((a.double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(got, want, strict=True)]
@@ -96,7 +97,7 @@ def errors(x, start, *, bounds=None, norm=True, backward=True):
     (70, {"heads": 2, "value": 192}),
     (129, {"batch": 2, "key": 64, "value": 128}),
     (64, {"key": 128, "key_heads": 2, "heads": 4}),
-    (1, {}),
+    (1, {"batch": 2, "heads": 3}),
     (40, {"key": 16, "decay": 20.0}),
 ])
 def test_kernels_compute_the_recurrence(emulated, time, options):
@@ -190,7 +191,7 @@ def test_fits_a_multiprocessor(monkeypatch, tmp_path, kernel, key):
     log = taken["log"]
     assert "serialized" not in log, log
     assert int(re.search(r"Used (\d+) registers", log)[1]) * threads <= BUDGET
-    assert int(re.search(r"(\d+) bytes spill stores", log)[1]) <= (160 if kind == "gradient" else 32), log
+    assert int(re.search(r"(\d+) bytes spill stores", log)[1]) <= 80, log  # by whoever brings tiles
     assert taken["shared"] <= (227 * 1024) // (4 if kind == "prepare" else 1)
 
 

@@ -75,10 +75,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
     extern __shared__ __align__(128) unsigned char memory[];
     const u32 base = shared_address(memory);
     const u32 full = base + BARRIERS, empty = full + 8 * STAGES, task_full = empty + 8 * STAGES,
-              task_empty = task_full + 8 * TASKS;
+              task_empty = task_full + 8 * TASKS, landed = task_empty + 8 * TASKS, task_landed = landed + 8 * STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) barrier_init(full + i * 8, 128), barrier_init(empty + i * 8, 8);
-        for (int i = 0; i < TASKS; ++i) barrier_init(task_full + i * 8, 128), barrier_init(task_empty + i * 8, 8);
+        for (int i = 0; i < STAGES; ++i)
+            barrier_init(landed + i * 8, BRINGERS), barrier_init(full + i * 8, 1), barrier_init(empty + i * 8, 8);
+        for (int i = 0; i < TASKS; ++i)
+            barrier_init(task_landed + i * 8, BRINGERS), barrier_init(task_full + i * 8, 1),
+                barrier_init(task_empty + i * 8, 8);
         fence_async();
     }
     __syncthreads();
@@ -93,27 +96,35 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
             long first;
             int rows;
             if (!locate(s.bounds, s.offsets, s.sequences, s.time, chunk, first, rows)) break;
+            if (thread == BRINGERS) {
+                pass_on(task_landed + turn % TASKS * 8, task_full + turn % TASKS * 8, turn / TASKS & 1);
+                for (int v = 0; v < s.value_dim; v += 64, ++slab)
+                    pass_on(landed + slab % STAGES * 8, full + slab % STAGES * 8, slab / STAGES & 1);
+                ++turn;
+            }
+            if (thread >= BRINGERS) continue;
             const u32 at = base + STAGES * STAGE + turn % TASKS * TASK;
             barrier_wait(task_empty + turn % TASKS * 8, (turn / TASKS & 1) ^ 1);
             const long keys = first * key_pitch + head / (s.heads / s.key_heads) * K;
-            bring<K>(at + AT_K, s.k + keys, key_pitch, rows, thread);
-            bring<K>(at + AT_Q, s.q + keys, key_pitch, rows, thread);
-            if (thread < 112) copy16(at + AT_FACTORS + thread * 16, s.factors + (long)task * 448 + thread * 4, true);
-            if (thread == 112) copy4(at + AT_CARRY, s.carry + task);
-            barrier_arrive_copies(task_full + turn % TASKS * 8);
+            bring<K, BRINGERS>(at + AT_K, s.k + keys, key_pitch, rows, thread);
+            bring<K, BRINGERS>(at + AT_Q, s.q + keys, key_pitch, rows, thread);
+            for (int i = thread; i < 112; i += BRINGERS)
+                copy16(at + AT_FACTORS + i * 16, s.factors + (long)task * 448 + i * 4, true);
+            if (thread == BRINGERS - 1) copy4(at + AT_CARRY, s.carry + task);
+            barrier_arrive_copies(task_landed + turn % TASKS * 8);
             ++turn;
             for (int v = 0; v < s.value_dim; v += 64, ++slab) {
                 const u32 to = base + slab % STAGES * STAGE;
                 barrier_wait(empty + slab % STAGES * 8, (slab / STAGES & 1) ^ 1);
                 const long from = first * pitch + (long)head * s.value_dim + v;
                 const long state = ((long)task * s.value_dim + v) * K;
-                bring<64>(to + AT_GRAD, s.grad + from, pitch, rows, thread);
-                bring<64>(to + AT_E, s.e + from, pitch, rows, thread);
-                bring<64>(to + AT_W, s.w + from, pitch, rows, thread);
-                bring<64>(to + AT_V, s.v + from, pitch, rows, thread);
-                bring<K>(to + AT_S, s.states + state, K, 64, thread);
-                bring<K>(to + AT_DS, s.dstates + state, K, 64, thread);
-                barrier_arrive_copies(full + slab % STAGES * 8);
+                bring<64, BRINGERS>(to + AT_GRAD, s.grad + from, pitch, rows, thread);
+                bring<64, BRINGERS>(to + AT_E, s.e + from, pitch, rows, thread);
+                bring<64, BRINGERS>(to + AT_W, s.w + from, pitch, rows, thread);
+                bring<64, BRINGERS>(to + AT_V, s.v + from, pitch, rows, thread);
+                bring<K, BRINGERS>(to + AT_S, s.states + state, K, 64, thread);
+                bring<K, BRINGERS>(to + AT_DS, s.dstates + state, K, 64, thread);
+                barrier_arrive_copies(landed + slab % STAGES * 8);
             }
         }
         wait_copies();
@@ -130,7 +141,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
             const u32 at = base + STAGES * STAGE + turn % TASKS * TASK, factors = at + AT_FACTORS + row * 4;
             const u32 k_corner = at + AT_K + row * 16 + pair * 2, q_corner = at + AT_Q + row * 16 + pair * 2;
             barrier_wait(task_full + turn % TASKS * 8, turn / TASKS & 1);
-            fence_async();
             if (group == 0) {
                 float dq[K / 2], dp[32], m[32], kept = 0.f;
 #pragma unroll
@@ -140,7 +150,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                 for (int v = 0; v < s.value_dim; v += 64, ++slab) {
                     const u32 from = base + slab % STAGES * STAGE;
                     barrier_wait(full + slab % STAGES * 8, slab / STAGES & 1);
-                    fence_async();
                     const u64 grad = by_columns(from + AT_GRAD), w = by_columns(from + AT_W);
                     mma_fence();
 #pragma unroll
@@ -218,7 +227,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                 for (int v = 0; v < s.value_dim; v += 64, ++slab) {
                     const u32 from = base + slab % STAGES * STAGE;
                     barrier_wait(full + slab % STAGES * 8, slab / STAGES & 1);
-                    fence_async();
                     mma_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {

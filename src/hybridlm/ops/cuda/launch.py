@@ -102,22 +102,22 @@ def _at(x: Tensor | None) -> int | None:
 @cache
 def _scan_kernel(key_dim: int, width: int, output: bool, reverse: bool, device: int) -> Kernel:
     stage = (2 * key_dim // 8 + 2 * CHUNK // 8 + width * 8) * _GROUP + 1056
-    stages = min(4, _SHARED // (stage + 16))
+    stages = min(4, _SHARED // (stage + 24))
     text = source("stage.cuh", "reverse.cu" if reverse else "forward.cu", "scan.cu", K=key_dim, WARPGROUPS=width,
                   STAGES=stages, OUTPUT=int(output), REVERSE=int(reverse))
-    return load(text, "scan", stages * (stage + 16))
+    return load(text, "scan", stages * (stage + 24))
 
 
 @cache
 def _prepare_kernel(key_dim: int, device: int) -> Kernel:
-    tiles = max(2 * key_dim // 8 * _GROUP, CHUNK * 72 * 4) + 2 * CHUNK // 8 * _GROUP
+    tiles = max(2 * key_dim // 8 * _GROUP, CHUNK * (68 + 64) * 4) + 2 * CHUNK // 8 * _GROUP
     return load(source("prepare.cu", K=key_dim), "prepare", tiles + 1024)
 
 
 @cache
 def _gradient_kernel(key_dim: int, device: int) -> Kernel:
     keys, square = key_dim // 8 * _GROUP, CHUNK // 8 * _GROUP
-    shared = 2 * (4 * square + 2 * keys) + (1 if key_dim > 96 else 2) * (2 * keys + 1824) + 3 * square + 6 * 256 + 64
+    shared = 2 * (4 * square + 2 * keys) + (1 if key_dim > 96 else 2) * (2 * keys + 1824) + 3 * square + 6 * 256 + 128
     return load(source("gradient.cu", K=key_dim), "gradient", shared)
 
 

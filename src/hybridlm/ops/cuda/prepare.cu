@@ -21,33 +21,49 @@ struct Prepare {
 };
 
 constexpr int TILE = CHUNK / 8 * GROUP, KEY_TILE = K / 8 * GROUP;
-constexpr int PITCH = 72;  // floats from row to row of L, which lies over k and q once their products are done
-constexpr int AT_T = 2 * KEY_TILE > CHUNK * PITCH * 4 ? 2 * KEY_TILE : CHUNK * PITCH * 4, AT_P = AT_T + TILE;
+constexpr int PITCH = 68;  // floats from row to row of L transposed, which lies over k and q once they are multiplied
+constexpr int AT_SOLVED = CHUNK * PITCH * 4, SCRATCH = AT_SOLVED + CHUNK * CHUNK * 4;
+constexpr int AT_T = 2 * KEY_TILE > SCRATCH ? 2 * KEY_TILE : SCRATCH, AT_P = AT_T + TILE;
 constexpr int AT_GATES = AT_P + TILE;  // G, beta, r, t: 64 floats each
 
-// x_i = e_i - sum over j < i of L_ij x_j, column FIRST + lane of T, into its tile in float16.
-template <int FIRST> __device__ __forceinline__ void substitute(u32 lower, unsigned char* tile, int lane) {
-    float x[CHUNK - FIRST];
-    const int column = FIRST + lane;
+// x_i = e_i - sum over j < i of L_ij x_j: a column of T in blocks of 16 rows, from `block` on, where its 1 stands or
+// above. `lower` is L transposed, `solved` [64, 64] keeps what is known of x. The loops stay loops: unrolled, 2,000
+// multiplications that run once each wait for their instructions.
+__device__ __forceinline__ void substitute(u32 lower, u32 solved, unsigned char* tile, int column, int block) {
     unsigned short* const to = (unsigned short*)(tile + column / 8 * GROUP) + column % 8;
+    const int top = block * 16;
+    for (int i = 0; i < top; ++i) to[i * 8] = 0;
+#pragma unroll 1
+    for (; block < 4; ++block) {
+        const u32 rows = lower + block * 64;
+        float x[16];
 #pragma unroll
-    for (int i = FIRST; i < CHUNK; ++i) {
-        float sum[4] = {column == i ? 1.f : 0.f, 0.f, 0.f, 0.f};
+        for (int i = 0; i < 16; ++i) x[i] = column == block * 16 + i ? 1.f : 0.f;
+#pragma unroll 4
+        for (int j = top; j < block * 16; ++j) {
+            const float y = load_shared(solved + (j * CHUNK + column) * 4);
 #pragma unroll
-        for (int j = FIRST; j < i; j += 4) {
-            const float4 l = load_shared_four(lower + (i * PITCH + j) * 4);
-            sum[0] -= l.x * x[j - FIRST];
-            if (j + 1 < i) sum[1] -= l.y * x[j + 1 - FIRST];
-            if (j + 2 < i) sum[2] -= l.z * x[j + 2 - FIRST];
-            if (j + 3 < i) sum[3] -= l.w * x[j + 3 - FIRST];
+            for (int i = 0; i < 16; i += 4) {
+                const float4 l = load_shared_four(rows + j * PITCH * 4 + i * 4);
+                x[i] -= l.x * y, x[i + 1] -= l.y * y, x[i + 2] -= l.z * y, x[i + 3] -= l.w * y;
+            }
         }
-        const float y = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        x[i - FIRST] = y;
-        to[i * 8] = (unsigned short)pack_half(y, 0.f);
-    }
-    if (FIRST)
 #pragma unroll
-        for (int i = 0; i < FIRST; ++i) to[i * 8] = 0;
+        for (int j = 0; j < 15; ++j)
+#pragma unroll
+            for (int i = j / 4 * 4; i < 16; i += 4) {
+                const float4 l = load_shared_four(rows + (block * 16 + j) * PITCH * 4 + i * 4);
+                if (i > j) x[i] -= l.x * x[j];
+                if (i + 1 > j) x[i + 1] -= l.y * x[j];
+                if (i + 2 > j) x[i + 2] -= l.z * x[j];
+                if (i + 3 > j) x[i + 3] -= l.w * x[j];
+            }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            store_shared(solved + ((block * 16 + i) * CHUNK + column) * 4, x[i]);
+            to[(block * 16 + i) * 8] = (unsigned short)pack_half(x[i], 0.f);
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_constant__ Prepare s) {
@@ -61,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
     if (!locate(s.bounds, s.offsets, s.sequences, s.time, chunk, first, rows)) return;
     const long record = (long)chunk * s.heads + head;
     const long pitch = (long)s.key_heads * K, start = first * pitch + key_head * K;
-    bring<K>(base, s.k + start, pitch, rows, thread);
-    bring<K>(base + KEY_TILE, s.q + start, pitch, rows, thread);
+    bring<K, 128>(base, s.k + start, pitch, rows, thread);
+    bring<K, 128>(base + KEY_TILE, s.q + start, pitch, rows, thread);
     if (warp == 0) {
         const int t0 = 2 * lane, t1 = t0 + 1;
         const float* g = s.g + first * s.heads + head;
@@ -128,10 +144,8 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
                 const float gr = gates[row], lr = gates[128 + row] * gates[64 + row], pr = gates[192 + row];
                 const float d0 = row >= column ? exponential(gr - gc.x) * kc.x : 0.f;
                 const float d1 = row >= column + 1 ? exponential(gr - gc.y) * kc.y : 0.f;
-                float2 l;
-                l.x = row > column ? kk[4 * j + 2 * r] * lr * d0 : 0.f;
-                l.y = row > column + 1 ? kk[4 * j + 2 * r + 1] * lr * d1 : 0.f;
-                *(float2*)(lower + row * PITCH + column) = l;
+                lower[column * PITCH + row] = kk[4 * j + 2 * r] * lr * d0;  // on and above the diagonal never read
+                lower[(column + 1) * PITCH + row] = kk[4 * j + 2 * r + 1] * lr * d1;
                 *(u32*)(memory + AT_P + j * GROUP + row * 16 + pair * 2)
                     = pack(qk[4 * j + 2 * r] * pr * d0, qk[4 * j + 2 * r + 1] * pr * d1);
             }
@@ -156,8 +170,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) prepare(const __grid_consta
     // Forward substitution, a column to a thread, takes two of the four warps; which two goes round with the blocks,
     // so that all four schedulers of the multiprocessor get their share. The others send P off.
     const int turn = (warp + blockIdx.x) % 4;
-    if (turn == 0) substitute<0>(base, memory + AT_T, lane);
-    else if (turn == 1) substitute<32>(base, memory + AT_T, lane);
+    if (turn < 2) substitute(base, base + AT_SOLVED, memory + AT_T, turn * 32 + lane, turn * 2);
     else
         for (int i = (turn - 2) * 32 + lane; i < 512; i += 64)
             ((uint4*)(s.scores + record * 4096))[i] = load_shared16(base + AT_P + i % 8 * GROUP + i / 8 * 16);

@@ -3,7 +3,7 @@
 extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) scan(const __grid_constant__ Scan s) {
     extern __shared__ __align__(128) unsigned char memory[];
     const u32 base = shared_address(memory);
-    const u32 full = base + STAGES * STAGE, empty = full + STAGES * 8;
+    const u32 full = base + STAGES * STAGE, empty = full + STAGES * 8, landed = empty + STAGES * 8;
     const int slabs = s.value_dim / VALUES;
     const int slab = blockIdx.x % slabs, head = blockIdx.x / slabs % s.heads, row = blockIdx.x / slabs / s.heads;
     long first;
@@ -20,7 +20,8 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) scan(con
     const int chunks = (tokens + CHUNK - 1) / CHUNK;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + i * 8, 128);
+            barrier_init(landed + i * 8, BRINGERS);
+            barrier_init(full + i * 8, 1);
             barrier_init(empty + i * 8, WARPGROUPS * 4);
         }
         fence_async();
@@ -29,33 +30,38 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) scan(con
 
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // told to the compiler as uniform in a warp
     if (group == WARPGROUPS) {  // bring tiles
-        if (WARPGROUPS > 1) release_registers<TIGHT ? 32 : 24>();
+        if (WARPGROUPS > 1) release_registers<TIGHT ? 32 : 40>();
         const int thread = threadIdx.x % 128;
         const long key_pitch = (long)s.key_heads * K, value_pitch = (long)s.heads * s.value_dim;
         const int key_head = head / (s.heads / s.key_heads);
         const bf16* k = s.k + first * key_pitch + key_head * K;
         const bf16* q = s.q + first * key_pitch + key_head * K;
         const bf16* v = s.v + first * value_pitch + (long)head * s.value_dim + slab * VALUES;
-        for (int n = 0; n < chunks; ++n) {
+        if (thread == BRINGERS)
+            for (int n = 0; n < chunks; ++n) {
+                const int bar = n % STAGES * 8;
+                pass_on(landed + bar, full + bar, n / STAGES & 1);
+            }
+        for (int n = 0; n < chunks && thread < BRINGERS; ++n) {
             const int stage = n % STAGES, c = REVERSE ? chunks - 1 - n : n;
-            const u32 at = base + stage * STAGE, full_bar = full + stage * 8;
+            const u32 at = base + stage * STAGE;
             barrier_wait(empty + stage * 8, (n / STAGES & 1) ^ 1);
             const int rows = tokens - c * CHUNK;
             const long square = (long)(chunk + c) * s.heads + head, token = (long)c * CHUNK;
-            bring<K>(at, k + token * key_pitch, key_pitch, rows, thread);
-            bring<64>(at + AT_INVERSE, s.inverse + square * 4096, 64, 64, thread);
-            bring<VALUES>(at + AT_V, v + token * value_pitch, value_pitch, rows, thread);
+            bring<K, BRINGERS>(at, k + token * key_pitch, key_pitch, rows, thread);
+            bring<64, BRINGERS>(at + AT_INVERSE, s.inverse + square * 4096, 64, 64, thread);
+            bring<VALUES, BRINGERS>(at + AT_V, v + token * value_pitch, value_pitch, rows, thread);
             if (thread < 64) copy16(at + AT_FACTORS + thread * 16, s.factors + square * 448 + thread * 4, true);
             if (thread == 64) copy4(at + AT_CARRY, s.carry + square);
             if (OUTPUT || REVERSE) {
-                bring<K>(at + AT_Q, q + token * key_pitch, key_pitch, rows, thread);
-                bring<64>(at + AT_SCORES, s.scores + square * 4096, 64, 64, thread);
+                bring<K, BRINGERS>(at + AT_Q, q + token * key_pitch, key_pitch, rows, thread);
+                bring<64, BRINGERS>(at + AT_SCORES, s.scores + square * 4096, 64, 64, thread);
             }
-            barrier_arrive_copies(full_bar);
+            barrier_arrive_copies(landed + stage * 8);
         }
         wait_copies();
     } else {
-        if (WARPGROUPS > 1) claim_registers<TIGHT ? 160 : 240>();
+        if (WARPGROUPS > 1) claim_registers<TIGHT ? 160 : 232>();
         Place w;
         w.head = head, w.warp = threadIdx.x / 32 % 4, w.lane = threadIdx.x % 32, w.pair = w.lane % 4 * 2;
         w.own = group * 64 + w.warp * 16, w.value = slab * VALUES + w.own + w.lane / 4;
@@ -81,7 +87,6 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) scan(con
                 for (int i = 0; i < K / 4; ++i) to[i / 2 * 4 + i % 2 * 4 * K] = left[i];
             }
             barrier_wait(full + stage * 8, n / STAGES & 1);
-            fence_async();
             const float decay = load_shared(at + AT_CARRY);
 #pragma unroll
             for (int j = 0; j < K / 2; ++j) state_t[j] *= decay;

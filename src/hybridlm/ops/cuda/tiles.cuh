@@ -29,22 +29,33 @@ template <int STEPS> __device__ __forceinline__ void product(float (&d)[32], con
         else first_64(d, a, tile);
 }
 
-// 64 rows of COLUMNS bf16, `pitch` elements from row to row, into a tile; rows from `rows` on become zeros.
-template <int COLUMNS> __device__ __forceinline__ void bring(u32 tile, const bf16* from, long pitch, int rows,
-                                                             int thread) {
-    constexpr int GROUPS = COLUMNS / 8;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = thread / 4 + half * 32, group = thread % 4;
+// 64 rows of COLUMNS bf16, `pitch` elements from row to row, into a tile by THREADS threads; rows from `rows` on become
+// zeros.
+template <int COLUMNS, int THREADS> __device__ __forceinline__ void bring(u32 tile, const bf16* from, long pitch, int rows,
+                                                                          int thread) {
+    constexpr int GROUPS = COLUMNS / 8, LINES = THREADS / 4;
+    const int group = thread % 4;
+#pragma unroll 1  // whoever brings has few registers
+    for (int row = thread / 4; row < CHUNK; row += LINES) {
         const bool valid = row < rows;
         const bf16* at = from + (valid ? row * pitch : 0) + group * 8;
         const u32 to = tile + group * GROUP + row * 16;
 #pragma unroll
-        for (int i = 0; i < GROUPS; i += 4)
-            if (GROUPS % 4 == 0 || i + group < GROUPS) copy16(to + i * GROUP, at + i * 8, valid);
+        for (int j = 0; j < GROUPS; j += 4)
+            if (GROUPS % 4 == 0 || j + group < GROUPS) copy16(to + j * GROUP, at + j * 8, valid);
     }
 }
 
+// Tiles are brought by 96 threads of a warpgroup, with copies of the ordinary kind. Before the tensor cores may read
+// what those wrote, a fence is due that waits for all earlier stores of the thread it is in. The fourth warp, which
+// stores nothing, stands for everybody: it passes on what has `landed` as `full`.
+constexpr int BRINGERS = 96;
+
+__device__ __forceinline__ void pass_on(u32 landed, u32 full, u32 parity) {
+    barrier_wait(landed, parity);
+    fence_async();
+    barrier_arrive(full);
+}
 
 // The tokens of a chunk, counted through all sequences: its first one and how many; false for a chunk nobody has.
 __device__ __forceinline__ bool locate(const int* bounds, const int* offsets, int sequences, int time, int chunk,
