@@ -53,7 +53,9 @@ def test_an_interrupted_run_goes_on_with_equal_bytes(cli, gguf, data, tmp_path, 
         return real(self, requests, prefix)
 
     monkeypatch.setattr(Engine, "continuations", interrupted)
-    assert cli(*whole, tmp_path / "b")[0] == 130
+    code, _, err = cli(*whole, tmp_path / "b")
+    assert code == 130
+    assert "the same command goes on" in err
     monkeypatch.undo()
     records = tmp_path / "b" / "piqa" / "records.jsonl"
     assert len(records.read_bytes().splitlines()) == 64
@@ -62,9 +64,9 @@ def test_an_interrupted_run_goes_on_with_equal_bytes(cli, gguf, data, tmp_path, 
 
 
 def test_ruler_and_generation(cli, gguf, data, tmp_path):
-    found = cli("eval", "ruler_niah_single_1,ruler_niah_multiquery,gsm8k:generate", gguf, "--data", data, "--lengths", "1024",
-                "--samples", "2", "--context", "1024", "--limit", "2", "--out", tmp_path / "o", "--json",
-                json_=True)[1]["results"]
+    tasks = "ruler_niah_single_1,ruler_niah_multiquery,gsm8k:generate"
+    found = cli("eval", tasks, gguf, "--data", data, "--lengths", "1024", "--samples", "2", "--context", "1024",
+                "--limit", "2", "--out", tmp_path / "o", "--json", json_=True)[1]["results"]
     assert [r["task"] for r in found] == ["ruler_niah_single_1@1024", "ruler_niah_multiquery@1024", "gsm8k:generate"]
     assert all(r["items"] == 2 and 0 <= r["figures"]["score"]["value"] <= 1 for r in found)
     assert found[0]["settings"]["haystack"] == "own haystack: made sentences"

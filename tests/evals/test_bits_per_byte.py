@@ -126,3 +126,61 @@ def test_validation_while_training_agrees_with_the_exact_sum(model, tmp_path):
         assert found[label].nbytes == size[label]
         assert found[label].per_byte == pytest.approx(wanted[label] / size[label], rel=1e-5)
     assert found["all"].per_byte == pytest.approx(sum(wanted.values()) / sum(size.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("prefix", [0, 40])
+@pytest.mark.parametrize("rows", [64, 4096])
+def test_continuations_of_the_torch_scorer(model, monkeypatch, rows, prefix):
+    monkeypatch.setattr(room, "_ROWS", rows)
+    rng = np.random.default_rng(1)
+    head = rng.integers(384, size=40).tolist()
+    asked = [([*head, *rng.integers(384, size=n).tolist()], rng.integers(384, size=m).tolist())
+             for n, m in ((1, 1), (30, 4), (7, 1), (7, 12), (29, 2))]
+    asked.append((asked[0][0], [int(np.argmax(greedy_logits(model, asked[0][0])))]))
+    found = TorchScorer(model).continuations(asked, prefix)
+    for (context, continuation), (logprob, greedy) in zip(asked, found, strict=True):
+        wanted = exact(model, [*context, *continuation])[len(context) - 1:]
+        assert logprob == pytest.approx(wanted.sum(), abs=3e-4)
+        assert greedy == (continuation == [int(np.argmax(greedy_logits(model, [*context, *continuation[:i]])))
+                                           for i in range(len(continuation))])
+    assert found[-1][1]
+    assert TorchScorer(model).continuations([]) == []
+
+
+def greedy_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0, -1].numpy()
+
+
+def test_greedy_text_of_the_torch_scorer(model):
+    tok = tokenizer()
+    scorer = TorchScorer(model, tokenizer=tok)
+    prompt = tok.encode("the model reads")
+    written = []
+    for _ in range(10):
+        written.append(int(np.argmax(greedy_logits(model, [*prompt, *written]))))
+    text = tok.decode(written[:written.index(tok.eos)] if tok.eos in written else written)
+    assert scorer.generate_until([prompt, prompt], 10) == [text, text]
+    stop = text[4:6]
+    assert scorer.generate_until([prompt], 10, (stop,)) == [text[:text.index(stop)]]
+    with pytest.raises(ConfigError, match="tokenizer"):
+        TorchScorer(model).generate_until([prompt], 1)
+
+
+def test_by_position(tmp_path):
+    """Bits of a prediction with n tokens of context go to n's octave, in windows too."""
+    tok, documents = tokenizer(), [text(1, 200), text(2, 20)]
+    ids = [[tok.eos, *tok.encode(d)] for d in documents]
+    found = bits_per_byte(Halving(), tok, [Document(d) for d in documents])
+    wanted = {}
+    for tokens in ids:
+        for n in range(1, len(tokens)):
+            sums = wanted.setdefault(max(5, n.bit_length()), [0, 0, 0])
+            sums[0] += n + tokens[n] % 3
+            sums[1] += len(tok.token_bytes(tokens[n]))
+            sums[2] += 1
+    assert [(a, b, round(p.bits), p.bytes, p.tokens) for a, b, p in found.by_position()] == [
+        (0 if k == 5 else 1 << k >> 1, 1 << k, *wanted[k]) for k in sorted(wanted)]
+    short = bits_per_byte(Halving(64), tok, [Document(d) for d in documents])
+    assert sum(p.bytes for _, _, p in short.by_position()) == short.bytes
+    assert max(b for _, b, _ in short.by_position()) == 64

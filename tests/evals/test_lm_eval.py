@@ -41,7 +41,8 @@ YAML = {
                                       "doc_to_choice: choices\ndoc_to_target: answer\n"),
     "winogrande": ("winogrande_val", MULTIPLE.replace("  - metric: acc_bytes\n", "") +
                    "doc_to_text: answer\ndoc_to_target: \"{{question.split('_')[1].strip()}}\"\n"
-                   "doc_to_choice: \"{{[question.split('_')[0] + choices[0], question.split('_')[0] + choices[1]]}}\"\n"),
+                   "doc_to_choice: \"{{[question.split('_')[0] + choices[0], "
+                   "question.split('_')[0] + choices[1]]}}\"\n"),
     "mmlu": ("mmlu_test", MULTIPLE + 'doc_to_text: "{{question.strip()}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\n'
              'C. {{choices[2]}}\\nD. {{choices[3]}}\\nAnswer:"\ndoc_to_choice: ["A", "B", "C", "D"]\n'
              "doc_to_target: answer\nfewshot_split: dev\nfewshot_config:\n  sampler: first_n\nnum_fewshot: 5\n"

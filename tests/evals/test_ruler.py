@@ -148,7 +148,19 @@ def test_a_run_gives_the_mean(tmp_path):
         def generate_until(self, prompts, max_tokens, stop=(), prefix=0):
             return [tok.decode(p) for p in prompts]
 
+    class Silent:
+        context = 4096
+
+        def generate_until(self, prompts, max_tokens, stop=(), prefix=0):
+            return [""] * len(prompts)
+
     (plan,) = ruler.plans("ruler_niah_multivalue", tok, lengths=[2048], samples=5)
     result = run(plan, Copies(), model={}, out=tmp_path)
     assert result.figures["score"] == {"value": 1, "stderr": 0}
     assert result.items == 5
+    others = [run(ruler.plans(name, tok, lengths=[2048], samples=2)[0], scorer, model={})
+              for name, scorer in (("ruler_fwe", Copies()), ("ruler_niah_single_1", Silent()))]
+    assert ruler.means([result, *others]) == {2048: (pytest.approx(2 / 3), 0, 3)}
+    assert ruler.means([result]) == {}
+    assert ruler.available(None)[1] == ["ruler_qa_1", "ruler_qa_2"]
+    assert len(ruler.available(None)[0]) == 11

@@ -54,14 +54,11 @@ def state_recall(tokens):
 
 
 def mqar(tokens):
-    known, answers, t = {}, {}, 0
+    known, t = {}, 0
     while t < len(tokens) and tokens[t] and tokens[t] not in known:
         known[tokens[t]] = tokens[t + 1]
         t += 2
-    for t in range(t, len(tokens)):
-        if tokens[t]:
-            answers[t] = known[tokens[t]]
-    return answers
+    return {i: known[tokens[i]] for i in range(t, len(tokens)) if tokens[i]}
 
 
 def induction(tokens):

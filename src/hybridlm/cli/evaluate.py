@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybridlm.cli._common import JsonOption, KVOption, ThreadsOption, open_engine, print_json, size
+from hybridlm.cli._common import JsonOption, KVOption, ThreadsOption, note, open_engine, print_json, size
 
 if TYPE_CHECKING:
     from hybridlm.engine import Engine
@@ -65,8 +65,9 @@ def command(
         return _bpb(model, files or [], text, context, threads, kv_type, json)
     if files:
         raise typer.BadParameter(f"{files[0]}: files are for bpb; benchmarks are read from --data", param_hint="FILE")
-    return _tasks(tasks.split(","), model, data, out, {"shots": shots, "limit": limit, "truncate": truncate,
-                                                       "run_code": run_code},
+    names = [name.strip() for name in tasks.split(",")]
+    return _tasks(names, model, data, out,
+                  {"shots": shots, "limit": limit, "truncate": truncate, "run_code": run_code},
                   {"lengths": _numbers(lengths), "samples": samples, "haystack": haystack, "seed": seed},
                   {"context": context, "threads": threads, "kv_type": kv_type}, json)
 
@@ -78,8 +79,13 @@ def _tasks(names: list[str], model: str, data: str | None, out: Path | None, opt
     from hybridlm.evals import open_task, ruler, tasks
     from hybridlm.evals.run import run
 
-    names = [n for name in names for n in (ruler.TASKS if name.strip() == "ruler" else [name.strip()])]
+    offline, missing = ruler.available(data)
+    if "ruler" in names and missing:
+        note(f"left out, for want of their files: {', '.join(missing)} (see hybridlm eval)")
+    names = [n for name in names for n in (offline if name == "ruler" else [name])]
     longest = 0
+    if not options["run_code"] and out is None and {"humaneval:generate", "mbpp:generate"} & set(names):
+        raise ConfigError("out: give --out DIR to keep the programs that the model writes, or --run-code to run them")
     for name in names:  # before the model is opened, so that a slip of the pen costs nothing
         if name.startswith("ruler_"):
             ruler.check(name, data, ruler_options["lengths"])
@@ -106,11 +112,19 @@ def _tasks(names: list[str], model: str, data: str | None, out: Path | None, opt
             def show(done: int, total: int, label: str = plan.label) -> None:
                 stages.status(f"{label}: {done:,} of {total:,} items")
 
-            results.append(run(plan, engine, model=_named(engine), out=out, progress=show))
+            try:
+                results.append(run(plan, engine, model=_named(engine), out=out, progress=show))
+            except KeyboardInterrupt:
+                note("interrupted; " + (f"the same command goes on, records are in {out}" if out else
+                                        "with --out DIR it would go on where it was"))
+                raise
             if not json:
                 _print(results[-1], number == 0)
+    means = ruler.means(results)
     if json:
-        print_json({"results": [r.to_dict() for r in results]})
+        print_json({"results": [r.to_dict() for r in results], "ruler_means": means})
+    for length, (score, error, count) in means.items() if not json else ():
+        print(f"{f'mean of {count} ruler tasks@{length}':<39}  score {score:.4f} ± {error:.4f}")
 
 
 def _named(engine: Engine) -> dict[str, Any]:
@@ -124,7 +138,7 @@ def _print(result: Result, first: bool) -> None:
     if first:
         print(f"{'task':<32}{'items':>7}  figures, ± standard error")
     figures = "  ".join(f"{name} {f['value']:.4f}" + ("" if f["stderr"] is None else f" ± {f['stderr']:.4f}")
-                        for name, f in result.figures.items())
+                        for name, f in result.figures.items()) or "written to outputs.jsonl, not run"
     again = f", {result.resumed:,} items were there" if result.resumed else ""
     print(f"{result.task:<32}{result.items:>7,}  {figures}  ({result.seconds:.1f} s{again})", flush=True)
 

@@ -30,7 +30,7 @@ __all__ = ["Prompt", "gsm8k_score", "passes", "plan", "score_prompts"]
 _BLOCK = 16
 _SECONDS, _MEMORY = 10, 1 << 30  # of one program
 
-Grade = Callable[[str], dict[str, Any]]  # what a text earned: "score" 0 to 1, and more under "score_..."
+Grade = Callable[[str], dict[str, Any]]  # what a text earned: "score" 0 to 1, more under "score_..."; or "not_run"
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ def gsm8k_score(text: str, target: str) -> dict[str, Any]:
 
 def _humaneval(run_code: bool) -> Spec:
     def grade(item: Item) -> Grade:
-        return _program(run_code, lambda text: f"{item.context}{text}\n{item.extra['test']}\n"
+        return _program(run_code, lambda text: f"{item.context.rstrip()}{text}\n{item.extra['test']}\n"
                                                f"check({item.extra['entry_point']})\n")
 
     return lambda item: item.context.rstrip(), 256, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), grade
@@ -118,7 +118,7 @@ def _mbpp(run_code: bool) -> Spec:
 def _program(run_code: bool, whole: Callable[[str], str]) -> Grade:
     def grade(text: str) -> dict[str, Any]:
         if not run_code:
-            return {"score": 0.0, "not_run": True}
+            return {"not_run": True}
         return {"score": float(passes(whole(text)))}
 
     return grade

@@ -81,7 +81,7 @@ class HybridLMModel(TemplateLM):
 
         return {"hybridlm": __version__, "path": self.path, "model": repr(self.scorer)}
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **rest: Any) -> list[int]:
         ids: list[int] = self.tokens.encode(string, add_special_tokens=bool(add_special_tokens))
         return ids
 
@@ -94,7 +94,7 @@ class HybridLMModel(TemplateLM):
         return "" if self.chat is None or not chat_template else "the model's own"
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
-                              disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+                              disable_tqdm: bool = False, **rest: Any) -> list[tuple[float, bool]]:
         """Texts longer than the context lose their beginning, as in the harness's own models."""
         found: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:

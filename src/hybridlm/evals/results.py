@@ -42,8 +42,10 @@ def summary(records: Sequence[Record]) -> dict[str, Figure]:
 
     acc: share right by log-probability (of a lone target: share that greedy decoding writes). acc_bytes: by
     log-probability a byte. bits_per_byte: of the right answer. perplexity: of a lone target, a target (not a token).
-    score: mean of what a generation earned, 0 to 1.
+    score: mean of what a generation earned, 0 to 1; programs that were not run have no figure.
     """
+    if "not_run" in records[0]:
+        return {}
     if "score" in records[0]:
         names = [k for k in records[0] if k == "score" or k.startswith("score_")]
         return {name: mean([float(r[name]) for r in records]) for name in names}

@@ -12,6 +12,7 @@ A sample depends on task, length, seed, number and tokenizer alone, so that any 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -27,10 +28,10 @@ from hybridlm.evals.generation import Prompt, score_prompts
 from hybridlm.evals.haystack import made_sentences
 from hybridlm.evals.items import find, read_items
 from hybridlm.evals.ruler_tasks import Corpus, Question, Sample
-from hybridlm.evals.run import Plan
+from hybridlm.evals.run import Plan, Result
 from hybridlm.text import Tokenizer
 
-__all__ = ["TASKS", "check", "fitted", "plans", "score_all", "score_any"]
+__all__ = ["TASKS", "available", "check", "fitted", "means", "plans", "score_all", "score_any"]
 
 TASKS = {f"ruler_{name}": task.about for name, task in ruler_tasks.TASKS.items()}
 _LEAST = 512
@@ -58,12 +59,35 @@ def check(name: str, data: str | None, lengths: Sequence[int]) -> None:
         raise ConfigError(f"data: {name} reads {file} from a folder; give --data DIR, or name the other ruler tasks")
 
 
+def available(data: str | None) -> tuple[list[str], list[str]]:
+    """The tasks that can run, and those for which files are missing."""
+    folder = None if data in (None, "hub") else Path(data or "")
+    missing = []
+    if folder is None or find(folder, "squad_val1000") is None:
+        missing.append("ruler_qa_1")
+    if folder is None or not (folder / _HOTPOT).is_file():
+        missing.append("ruler_qa_2")
+    return [name for name in TASKS if name not in missing], missing
+
+
 def plans(name: str, tokenizer: Tokenizer, *, lengths: Sequence[int], samples: int, seed: int = 0,
           haystack: Path | None = None, data: Path | None = None) -> list[Plan]:
     """A plan for each length."""
     task = ruler_tasks.TASKS[name.removeprefix("ruler_")]
     corpus = _corpus(haystack, _questions(name, data) if "_qa_" in name else ())
     return [_plan(name, task, tokenizer, corpus, length, samples, seed) for length in lengths]
+
+
+def means(results: Sequence[Result]) -> dict[int, tuple[float, float, int]]:
+    """Of lengths at which several tasks ran: mean of their scores, its standard error, how many they are."""
+    by_length: dict[int, list[dict[str, float | None]]] = {}
+    for result in results:
+        name, _, length = result.task.partition("@")
+        if name in TASKS:
+            by_length.setdefault(int(length), []).append(result.figures["score"])
+    return {length: (sum(f["value"] or 0.0 for f in figures) / len(figures),
+                     math.sqrt(sum((f["stderr"] or 0.0)**2 for f in figures)) / len(figures), len(figures))
+            for length, figures in sorted(by_length.items()) if len(figures) > 1}
 
 
 def _plan(name: str, task: ruler_tasks.Task, tokenizer: Tokenizer, corpus: Corpus, length: int, samples: int,
