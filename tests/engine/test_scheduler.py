@@ -11,7 +11,7 @@ from tests.engine.test_generate import text_engine
 
 from hybridlm.engine import Engine, Sampler
 from hybridlm.engine.scheduler import Closed, FairClock, QueueFull, Scheduler, TimedOut
-from hybridlm.engine.writer import ALIGN, Writer
+from hybridlm.engine.writer import Writer
 from hybridlm.errors import HybridLMError
 
 
@@ -22,11 +22,12 @@ def writer(engine, prompt, max_tokens=8, **options):
                   **options)
 
 
-def alone(engine, prompt, **options):
+def alone(engine, prompt, step=256, **options):
     """The same output made by itself."""
     w = writer(engine, prompt, **options)
+    w.step = step
     session = w.begin()
-    while tokens := w.slice(256):
+    while tokens := w.slice():
         session.feed(tokens)
         w.keep()
     while (piece := w.write(session.logits())).finish is None:
@@ -64,7 +65,7 @@ def random_jobs(rng, vocab, count):
 def check_as_alone(make_engine, scheduled, vocab, count, **options):
     jobs = random_jobs(np.random.default_rng(3), vocab, count)
     engine = make_engine()
-    expected = [alone(engine, prompt, **o) for prompt, o in jobs]
+    expected = [alone(engine, prompt, options.get("step", 256), **o) for prompt, o in jobs]
     scheduler = scheduled(make_engine(), **options)
     streams = []
     for i, (prompt, o) in enumerate(jobs):
@@ -84,7 +85,7 @@ def check_as_alone(make_engine, scheduled, vocab, count, **options):
     assert scheduler.active == scheduler.queued == scheduler._held_bytes == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"running": 3}, {"round_seconds": 0.0}, {"state_bytes": 1}])
+@pytest.mark.parametrize("options", [{}, {"running": 3}, {"step": 64, "round_seconds": 0.0}, {"state_bytes": 1}])
 def test_outputs_are_those_of_each_alone(scheduled, options):
     check_as_alone(lambda: text_engine(), scheduled, 300, 16, **options)
 
@@ -103,21 +104,21 @@ def test_on_the_cpu_with_8_bit_activations_every_bit_is_the_same(scheduled, tmp_
         return opened[-1]
 
     check_as_alone(make, scheduled, 400, 24)
+    check_as_alone(make, scheduled, 400, 24, step=64)
     for engine in opened:
         engine.close()
 
 
 def test_how_a_prompt_is_cut_depends_on_the_prompt_alone():
     engine = text_engine(checkpoint_every=100)
-    for most in (64, 100, 128, 256, 1000):
+    for step, cuts in ((64, [64, 70, 100, 128, 192, 200, 256, 300, 320, 360]), (256, [70, 100, 200, 256, 300, 360])):
         w = writer(engine, list(range(90)) * 4, checkpoints=(70,))
+        w.step = step
         session, ends = w.begin(), []
-        while tokens := w.slice(most):
-            assert len(tokens) <= most
+        while tokens := w.slice():
             session.state.tokens += tokens  # as if read
             ends.append(session.position)
-        wanted = {70, 100, 128, 200, 256, 300, 320, 360}  # marks, and after odd ones the next multiple
-        assert wanted <= set(ends) and all(e % ALIGN == 0 for e in set(ends) - wanted)
+        assert ends == cuts
 
 
 def test_two_with_one_beginning_read_it_once(scheduled):
@@ -127,12 +128,12 @@ def test_two_with_one_beginning_read_it_once(scheduled):
     for stream in streams:
         list(stream)
     reused = sorted(s.writer.reused_tokens for s in streams)
-    assert reused[0] == 0 and min(reused[1:]) > 512 - ALIGN  # what saves less than a slice is not waited for
+    assert reused[0] == 0 and min(reused[1:]) >= 512 - 256  # what saves less than a slice is not waited for
 
 
 def test_a_long_prompt_does_not_stall_who_writes(scheduled):
     engine = text_engine(cache_bytes=0)
-    scheduler = scheduled(engine, round_seconds=0.0)
+    scheduler = scheduled(engine, round_seconds=0.0, step=64)
     first = scheduler.submit(writer(engine, [1, 2, 3], max_tokens=200))
     pieces = iter(first)
     next(pieces)
@@ -141,7 +142,7 @@ def test_a_long_prompt_does_not_stall_who_writes(scheduled):
     list(long)
     rows = engine._ops.passes
     mixed = [n for n in rows if n > 2]
-    assert mixed.count(ALIGN + 1) >= 1200 // ALIGN - 1 and max(rows) <= ALIGN + 1
+    assert mixed.count(65) >= 1200 // 64 - 1 and max(rows) <= 65
     first.cancel()
     list(pieces)
 

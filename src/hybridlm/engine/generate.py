@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hybridlm.engine.passes import SLAB
 from hybridlm.engine.sampler import Sampler
 from hybridlm.engine.writer import Piece, Writer
 
@@ -99,7 +98,7 @@ class Generation:
 
     def _pieces_of(self, session: Session) -> Iterator[Piece]:
         writer, began = self._writer, time.perf_counter()
-        while tokens := writer.slice(2 * SLAB):
+        while tokens := writer.slice():
             session.feed(tokens)
             writer.keep()
         if nothing := writer.nothing():

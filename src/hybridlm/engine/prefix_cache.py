@@ -25,6 +25,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,7 @@ __all__ = ["Checkpoint", "PrefixCache", "Stats"]
 _MAGIC, _VERSION = b"hlmcache", 1
 _PREFIX = struct.Struct("<8sIQ32s")  # magic, version, bytes of the index, sha256 of the index
 _MAX_INDEX = 1 << 30
+_LOOK = 512  # checkpoints looked at for one to evict, of more a sample: thousands would take longer than it saves
 _MOST_USES = 8  # counted for worth, so that yesterday's favourite does not stay for ever
 
 
@@ -105,6 +107,7 @@ class PrefixCache:
         self._nbytes = 0
         self._clock = 0.0
         self._serial = itertools.count(1)
+        self._random = random.Random(0)
         self._lock = threading.RLock()
 
     # -- use -----------------------------------------------------------------------------------------------------
@@ -257,7 +260,8 @@ class PrefixCache:
 
     def _shrink(self, keep: _Node) -> None:
         while self._nbytes > self.budget and len(self._nodes) > 1:
-            worth, _, node = min(((self._worth(n), n.used, n) for n in self._nodes if n is not keep),
+            nodes = self._nodes if len(self._nodes) <= _LOOK else self._random.sample(list(self._nodes), _LOOK)
+            worth, _, node = min(((self._worth(n), n.used, n) for n in nodes if n is not keep),
                                  key=lambda item: item[:2])
             self._clock = max(self._clock, worth)
             self._remove(node)

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridlm.engine.writer import ALIGN, Piece, Writer
+from hybridlm.engine.passes import SLAB
+from hybridlm.engine.writer import Piece, Writer
 from hybridlm.errors import HybridLMError
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Closed", "Counters", "FairClock", "QueueFull", "Scheduler", "Stream", "TimedOut"]
 
-ROUND_SECONDS = 0.25  # what prompts may add to a round, as far as `ALIGN` rows allow
+ROUND_SECONDS = 0.25  # what prompts may add to a round, as far as whole slices allow
+GPU_ROWS = 2048  # of prompts in a pass on a GPU: enough for its products, some 50 ms of the 7B
+SLOW = 1_000_000_000  # parameters from which a CPU reads prompts in slices of 64
 
 
 class QueueFull(HybridLMError):
@@ -187,19 +190,23 @@ class Scheduler:
     """Serves one engine. Methods may be called from any thread."""
 
     def __init__(self, engine: Engine, *, running: int = 256, waiting: int = 512, state_bytes: int | None = None,
-                 rows: int | None = None, round_seconds: float = ROUND_SECONDS) -> None:
+                 rows: int | None = None, step: int | None = None, round_seconds: float = ROUND_SECONDS) -> None:
         """
         Args:
             running: the most requests that are read or written at the same time.
             waiting: the most that wait for that; `submit` refuses further ones.
             state_bytes: memory for the states of running requests; None is a quarter of the machine's, or half of
                 what the model leaves of a GPU's.
-            rows: the most of one pass; None for what the engine reads at once.
+            rows: the most prompt rows of one pass; None is `SLAB`, on a GPU `GPU_ROWS`.
+            step: rows of a prompt that are read at a time; None is all of a pass, of large models on a CPU less.
             round_seconds: time that prompts may add to a round while others write.
         """
         self.engine = engine
         self.counters = Counters()
-        self.running, self.waiting, self.rows, self.round_seconds = running, waiting, rows or engine.rows, round_seconds
+        rows = rows or (SLAB if engine.device == "cpu" else min(engine.rows, GPU_ROWS))
+        self.running, self.waiting, self.rows, self.round_seconds = running, waiting, rows, round_seconds
+        slow = engine.device == "cpu" and engine.config.num_parameters() >= SLOW
+        self.step = step or (min(64, rows) if slow else rows)
         self.state_bytes = engine.memory // (4 if engine.device == "cpu" else 2) if state_bytes is None else state_bytes
         self._unread: list[tuple[float, int, Stream]] = []  # prompts not read to the end, in order of service
         self._writing: list[Stream] = []
@@ -219,6 +226,7 @@ class Scheduler:
 
         `seconds`: it ends with finish reason "time" after so many; with `TimedOut` if it has no token by then.
         """
+        writer.step = self.step
         stream = Stream(self, writer, seconds)
         stream._work = max(1, writer.unread)
         stream._bytes = self._state_size(len(writer.prompt) + writer.most)
@@ -312,7 +320,7 @@ class Scheduler:
         prompt_rows = sum(len(tokens) for _, tokens in slices)
         began = time.perf_counter()
         try:
-            if slices and len(parts) + prompt_rows > self.rows:
+            if slices and len(parts) + prompt_rows > self.rows:  # cut nowhere else than `Writer.slice` did
                 if parts:
                     self.engine.feed(parts)
                 self.engine.feed(slices)
@@ -349,8 +357,7 @@ class Scheduler:
 
     def _room(self) -> int:
         """Prompt rows of the next round, while others write."""
-        rows = int(min(self.rows, max(ALIGN, self._rate * self.round_seconds)))
-        return rows - rows % ALIGN
+        return int(min(self.rows, max(self.step, self._rate * self.round_seconds)))
 
     def _slices(self, room: int) -> tuple[list[tuple[Stream, list[int]]], list[Stream]]:
         """What to read next, at most `room` rows, by order of service; and which prompts the cache held whole."""
@@ -361,7 +368,7 @@ class Scheduler:
             order = [stream for _, _, stream in self._unread]
             running = len(self._writing) + sum(stream.writer.begun for stream in order)
         for stream in order:
-            if room < ALIGN:
+            if room <= 0:
                 break
             if not stream.writer.begun:
                 full = full or (running > 0 and (running >= self.running
@@ -371,11 +378,12 @@ class Scheduler:
                     continue
                 running += 1
                 self._begin(stream)
-            if tokens := stream.writer.slice(room):
+            tokens = stream.writer.slice()
+            if not tokens:
+                ready.append(stream)
+            elif len(tokens) <= room:
                 reading.append((stream, tokens))
                 room -= len(tokens)
-            else:
-                ready.append(stream)
         return reading, ready
 
     def _reads_for(self, other: Stream, stream: Stream) -> bool:
@@ -387,7 +395,7 @@ class Scheduler:
         common = int(differs[0]) if len(differs) else n
         mark = common - common % self.engine.checkpoint_every
         return (mark > other.writer.session.position
-                and mark - self.engine.cache.covered(stream.writer.prompt) >= ALIGN)
+                and mark - self.engine.cache.covered(stream.writer.prompt) >= self.step)
 
     def _begin(self, stream: Stream) -> None:
         stream.begun = time.monotonic()

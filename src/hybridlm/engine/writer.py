@@ -5,9 +5,9 @@ and decides when it is over. `Generation` drives one of these from the caller's 
 its own. Text that may be the beginning of a stop string is held back until that is decided, so what was shown is never
 taken back.
 
-Long prompts are read in slices. Kernels work in chunks of rows counted from where a slice begins, so slices end at
-multiples of `ALIGN`, at checkpoints and at the prompt's end and nowhere else: how a prompt is cut, and with it every
-bit of the result, depends on the prompt alone and not on what else runs.
+Long prompts are read in slices. Kernels divide their work by how many rows a slice has and where it begins, so slices
+end at multiples of `step`, at checkpoints and at the prompt's end and nowhere else: how a prompt is cut, and with it
+every bit of the result, depends on the prompt alone and not on what else runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from hybridlm.engine.passes import SLAB
 from hybridlm.engine.sampler import Sampler, log_softmax
 from hybridlm.errors import HybridLMError
 
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from hybridlm.engine.engine import Engine
     from hybridlm.engine.session import Session
 
-__all__ = ["ALIGN", "LEAST_GAP", "Constraint", "HeldText", "Piece", "Writer"]
+__all__ = ["LEAST_GAP", "Constraint", "HeldText", "Piece", "Writer"]
 
-ALIGN = 64  # a multiple of every device's chunk of the delta rule
 LEAST_GAP = 16  # a checkpoint that saves fewer tokens than this over the one before it is not worth its memory
 
 
@@ -76,6 +76,7 @@ class Writer:
         self.engine, self.sampler, self.constraint = engine, sampler, constraint
         self.prompt: list[int] = engine._ids(prompt).tolist()
         self.prompt_text = prompt_text
+        self.step = SLAB  # rows of a slice; a multiple of 64, as are all devices' chunks of the delta rule
         self.reused_tokens = 0  # of the prompt, known when it has begun
         self.tokens: list[int] = []  # generated, the token that ended the text (eos) left out
         self.text = ""  # of all pieces so far
@@ -118,19 +119,14 @@ class Writer:
             return len(self.prompt) - self.engine.cache.covered(self.prompt)
         return max(0, len(self.prompt) - self._session.position)
 
-    def slice(self, most: int) -> list[int]:
-        """The prompt tokens to read next, `most` (at least `ALIGN`) or fewer; none once all are read."""
+    def slice(self) -> list[int]:
+        """The prompt tokens to read next, `step` or fewer; none once all are read."""
         at = self.session.position
         while self._marks and self._marks[-1] <= at:
             self._marks.pop()
         if not self._marks:
             return []
-        stop = self._marks[-1]
-        if at % ALIGN:
-            stop = min(stop, at + -at % ALIGN)
-        if stop - at > most:
-            stop = at + most - (at + most) % ALIGN
-        return self.prompt[at:stop]
+        return self.prompt[at:min(self._marks[-1], at + self.step - at % self.step)]
 
     def keep(self) -> None:
         """After a slice: a checkpoint, if one belongs here."""
