@@ -169,7 +169,7 @@ def test_under_the_scheduler():
     for prompt in prompts:
         w = writer(device_engine(config, cache_bytes=1 << 26), prompt)
         session = w.begin()
-        while tokens := w.slice(256):
+        while tokens := w.slice():
             session.feed(tokens)
         while (piece := w.write(session.logits())).finish is None:
             session.feed([piece.token])
