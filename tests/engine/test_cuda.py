@@ -216,6 +216,26 @@ def test_bfloat16_stays_near():
     assert 0 < np.abs(a - b).max() < 0.2 * np.abs(a).max()
 
 
+def test_what_fast_paths_may_cost():
+    """`device_pairs`: bfloat16's own cost is the measure; a path that costs more is found."""
+    from hybridlm.evals.agreement import compare
+    from hybridlm.evals.paths import BF16, device_pairs
+
+    config = HybridConfig.preset("tiny").with_(vocab_size=300)
+    exact = random_engine(Engine, config, device="cpu", exact=True)
+    narrow, other = (random_engine(Engine, config, seed, "cpu") for seed in (0, 1))
+    tokens = [np.array(tokens_of(exact, np.random.default_rng(8), 90), np.int32)]
+
+    def verdicts(fast):
+        results = []
+        for reference, path, budget in device_pairs(exact, narrow, fast, narrow, BF16, results):
+            results.append(compare(reference, path, tokens, budget() if callable(budget) else budget))
+        return [r.passed for r in results]
+
+    assert all(verdicts(narrow))
+    assert verdicts(other) == [True, True, *[False] * 5, True, True]
+
+
 def test_what_cannot_be(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", small_config(), random_tensors(small_config(), np.random.default_rng(0)))
     with pytest.raises(HybridLMError, match="q8_0"):
