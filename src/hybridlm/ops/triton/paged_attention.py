@@ -65,14 +65,15 @@ def _decode_attention(q, tables, positions, out, parts, counters, q_stride, out_
         acc = tl.dot(weights.to(DTYPE), vt, acc * shrink[:, None], input_precision="ieee")
         m = new
     if used > 1:
-        # [row, head, split]: the weighted sum [BG, BD], then the maxima and the totals [BG]
-        SIZE: tl.constexpr = BG * BD + 2 * BG
+        # [row, head, split]: the weighted sum [GROUP, BD], then the maxima and the totals [GROUP]
+        SIZE: tl.constexpr = GROUP * BD + 2 * GROUP
         spot = row * HKV + head
         mine = parts + (spot * SPLIT) * SIZE
         tile = rg[:, None] * BD + rd[None, :]
-        tl.store(mine + split * SIZE + tile, acc)
-        tl.store(mine + split * SIZE + BG * BD + rg, m)
-        tl.store(mine + split * SIZE + BG * BD + BG + rg, total)
+        real = rg < GROUP
+        tl.store(mine + split * SIZE + tile, acc, mask=real[:, None])
+        tl.store(mine + split * SIZE + GROUP * BD + rg, m, mask=real)
+        tl.store(mine + split * SIZE + GROUP * BD + GROUP + rg, total, mask=real)
         tl.debug_barrier()
         done = tl.atomic_add(counters + spot, 1, sem="acq_rel")
         if done < used - 1:
@@ -82,11 +83,13 @@ def _decode_attention(q, tables, positions, out, parts, counters, q_stride, out_
         total = tl.zeros((BG,), tl.float32)
         acc = tl.zeros((BG, BD), tl.float32)
         for i in range(used):
-            m_i = tl.load(mine + i * SIZE + BG * BD + rg, cache_modifier=".cg")
+            m_i = tl.load(mine + i * SIZE + GROUP * BD + rg, mask=real, other=0.0, cache_modifier=".cg")
             new = tl.maximum(m, m_i)
             shrink, grow = tl.exp(m - new), tl.exp(m_i - new)
-            total = total * shrink + grow * tl.load(mine + i * SIZE + BG * BD + BG + rg, cache_modifier=".cg")
-            acc = acc * shrink[:, None] + grow[:, None] * tl.load(mine + i * SIZE + tile, cache_modifier=".cg")
+            more = tl.load(mine + i * SIZE + GROUP * BD + GROUP + rg, mask=real, other=1.0, cache_modifier=".cg")
+            total = total * shrink + grow * more
+            acc = acc * shrink[:, None] + grow[:, None] * tl.load(mine + i * SIZE + tile, mask=real[:, None], other=0.0,
+                                                                  cache_modifier=".cg")
             m = new
     y = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + (head * GROUP + rg[:, None]) * D + rd[None, :], y, mask=here)
@@ -111,8 +114,7 @@ def decode_attention(q: Tensor, tables: Tensor, positions: Tensor, out: Tensor, 
 def attention_room(rows: int, heads: int, kv_heads: int, width: int) -> tuple[int, int]:
     """Floats of `parts` and ints of `counters` for so many rows."""
     group = heads // kv_heads
-    BG, BD = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(width))
-    return rows * kv_heads * SPLITS * (BG * BD + 2 * BG), rows * kv_heads
+    return rows * kv_heads * SPLITS * group * (max(16, triton.next_power_of_2(width)) + 2), rows * kv_heads
 
 
 @triton.jit(do_not_specialize=["layer"])
