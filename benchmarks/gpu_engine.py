@@ -1,6 +1,7 @@
-"""The GPU engine at the 7B's shape with random bfloat16 weights: decoding, prefill, memory, beside the floors and peers.
+"""The GPU engine at the 7B's shape with random bfloat16 weights: decoding, prefill, memory, beside floors and peers.
 
-    python benchmarks/gpu_engine.py [--preset 7b] [--sections decode,batch,prefill,agreement,invariant,peer] [--json out.json]
+    python benchmarks/gpu_engine.py [--preset 7b] [--json out.json]
+        [--sections decode,batch,prefill,agreement,invariant,peer]
 
 Floors: bytes that must move (weights but the input table, recurrent states read and written, keys and values read) over
 the bandwidth that a copy reaches on this device, measured in the same run. Speed does not depend on the numbers, so the
@@ -133,9 +134,9 @@ def invariance(engine: Engine, fixed: Engine, rate: float) -> dict[str, Any]:
 
 
 def agreement(make: Any, tokens: np.ndarray, lengths: list[int], steps: int = 256) -> dict[str, Any]:
-    """Mean KL(float32 || path), nats, over the last `steps` tokens of texts of these lengths: what precedes them is read
-    as a prompt, they token by token. Paths: PyTorch's operations in bfloat16 without recording ("eager"), the kernels
-    without recording, and recorded; one stream, and beside seven others."""
+    """Mean KL(float32 || path), nats, over the last `steps` tokens of texts of these lengths: what precedes them
+    is read as a prompt, they token by token. Paths: PyTorch's operations in bfloat16 without recording ("eager"), the
+    kernels without recording, and recorded; one stream, and beside seven others."""
     from hybridlm.evals.agreement import divergences
 
     exact = make(exact=True)
@@ -223,7 +224,7 @@ def main() -> None:
     print(json.dumps(result), flush=True)
     began = time.perf_counter()
     needed = {"decode", "batch", "prefill", "invariant"} & set(sections)
-    engine = Engine.random(config if needed else HybridConfig.preset("tiny"), device="cuda", cache_bytes=0)
+    engine: Any = Engine.random(config if needed else HybridConfig.preset("tiny"), device="cuda", cache_bytes=0)
     result["load_s"] = time.perf_counter() - began
     result["weights_gb"] = torch.cuda.memory_allocated() / 1e9
 
@@ -258,7 +259,7 @@ def main() -> None:
         fixed = Engine.random(config, device="cuda", cache_bytes=0, batch_invariant=True)
         section("invariant", lambda: invariance(engine, fixed, rate))
         del fixed
-    del engine
+    engine = None
     gc.collect()
     torch.cuda.empty_cache()
     section("peer", lambda: peer(config, lengths))

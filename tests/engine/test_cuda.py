@@ -247,7 +247,8 @@ def test_what_cannot_be(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(HybridLMError, match='device="cpu"'):
             Engine.open(path, device="cuda")
-    broken = write_gguf(tmp_path / "broken.gguf", small_config(), random_tensors(small_config(), np.random.default_rng(0)),
+    tensors = random_tensors(small_config(), np.random.default_rng(0))
+    broken = write_gguf(tmp_path / "broken.gguf", small_config(), tensors,
                         leave_out="blk.0.attn_q.weight")
     with pytest.raises(FormatError, match="missing"):
         open_engine(Engine, broken, "cpu")

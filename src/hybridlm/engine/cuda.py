@@ -275,8 +275,8 @@ class CUDA:
         inner = s.y if isinstance(s.y, Normed) else None
         y = inner.x if inner else s.y
         if self.kernels:
-            return self._k[0].add_norm(s.x, y, weight, eps, inner.weight if inner else None, inner.eps if inner else 0.0,
-                                       self._overlap)
+            before = (inner.weight, inner.eps) if inner else (None, 0.0)
+            return self._k[0].add_norm(s.x, y, weight, eps, *before, self._overlap)
         s.x = s.x + self._value(s.y)
         return None if weight is None else rms_norm(s.x, weight, eps)
 
@@ -303,7 +303,8 @@ class CUDA:
         for layer, slot in zip(weights.layers, self.layout.slots, strict=True):
             if isinstance(layer, DeltaNetLayer):
                 q, k, v, a, b = (x[:count] for x in rows[slot])
-                self._delta_steps(slot, layer, state, (q, k, v, a, b, v), torch.empty_like(v), addresses, state.position)
+                self._delta_steps(slot, layer, state, (q, k, v, a, b, v), torch.empty_like(v), addresses,
+                                  state.position)
 
     def _delta_step(self, slot: int, w: DeltaNetLayer, inputs: tuple[Tensor, ...], out: Tensor, first: int, last: int,
                     ) -> None:

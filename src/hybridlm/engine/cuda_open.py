@@ -70,7 +70,8 @@ def _engine(kind: Any, config: HybridConfig, read: Read, fingerprint: str, devic
     options["checkpoint_every"] = options.get("checkpoint_every") or CHECKPOINT_EVERY
     made = CUDA(config, layout, device, dtype, **ops)
     cache_bytes = made.memory() // 10 if cache_bytes is None else cache_bytes  # a tenth of what the model leaves
-    return kind(weights, made, layout, device=str(device), cache_bytes=cache_bytes, model_bytes=loader.nbytes, **options)
+    return kind(weights, made, layout, device=str(device), cache_bytes=cache_bytes, model_bytes=loader.nbytes,
+                **options)
 
 
 def _device(device: str) -> torch.device:

@@ -19,7 +19,8 @@ __all__ = ["chunked_delta_rule", "segment_attention", "side_by_side"]
 
 
 def side_by_side(*parts: Tensor) -> Tensor:
-    """Columns [T, n_i] as one tensor [T, sum of n_i]: a view where they are neighbours in one, as products leave them."""
+    """Columns [T, n_i] as one tensor [T, sum of n_i]: a view where they are neighbours in one, as products
+    leave them."""
     first, size, end = parts[0], sum(x.shape[1] for x in parts), parts[0].data_ptr()
     for x in parts:
         if x.data_ptr() != end or x.stride() != first.stride() or first.stride(0) < size:

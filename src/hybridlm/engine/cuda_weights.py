@@ -1,8 +1,8 @@
 """Weights in the memory of a GPU: from a GGUF file, from a folder of safetensors, or made up.
 
 Matrices that share their input lie in one, row blocks one below the other (q, k, v, gate, a, b of a Gated DeltaNet
-layer; q, k, v of attention; gate and up of the MLP), so that one product serves them all. What the walk gets for each is
-a `Part` of it. Quantised matrices are decoded to the type of activations; vectors and taps are float32.
+layer; q, k, v of attention; gate and up of the MLP), so that one product serves them all. What the walk gets for each
+is a `Part` of it. Quantised matrices are decoded to the type of activations; vectors and taps are float32.
 """
 
 from __future__ import annotations

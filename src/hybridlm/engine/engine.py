@@ -101,7 +101,8 @@ class Engine:
             weights = bind(file.config, file_loader(file, str(path)))
             _set_threads(threads)
             return cls(weights, CPU(file.config, layout, exact), layout, name=path.stem, context=context, file=file,
-                       model_bytes=path.stat().st_size, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every or CHECKPOINT_EVERY)
+                       model_bytes=path.stat().st_size, cache_bytes=cache_bytes,
+                       checkpoint_every=checkpoint_every or CHECKPOINT_EVERY)
         except BaseException:
             file.close()
             raise

@@ -117,7 +117,7 @@ def paged(lengths: list[int], H: int, HKV: int, d: int, *, window: int = 0, rope
     q, k, v = x.split([H * d, HKV * d, HKV * d], 1)
     wq, wk = (1 + 0.1 * torch.randn(n * d, generator=g).to(device) for n in (H, HKV))
     freq = 1 / 10_000 ** (torch.arange(0, d, 2, device=device) / d) if rope else None
-    q_out, out = torch.zeros(rows, H * d, dtype=dtype, device=device), torch.zeros(rows, H * d, dtype=dtype, device=device)
+    q_out, out = (torch.zeros(rows, H * d, dtype=dtype, device=device) for _ in range(2))
     floats, ints = paged_attention.attention_room(rows, H, HKV, d)
     parts, counters = torch.empty(floats, device=device), torch.zeros(ints, dtype=torch.int32, device=device)
     paged_attention.store_qkv(q, k, v, wq, wk, freq, tables, positions, q_out, layer=layer, width=d, eps=1e-6,

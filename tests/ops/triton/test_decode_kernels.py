@@ -18,7 +18,8 @@ BF16, F32, I64 = "*bf16", "*fp32", "*i64"
 
 def test_logic_in_the_interpreter():
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([sys.executable, ROOT / "tests/ops/triton/interpret_decode.py"], capture_output=True, text=True,
+    program = ROOT / "tests/ops/triton/interpret_decode.py"
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True,
                           env=environment, check=False)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
@@ -53,17 +54,19 @@ def test_a_step_fits_into_registers():
 
     types = {"x": BF16, "w": BF16, "y": BF16, "parts": F32, "counters": "*i32",
              **dict.fromkeys(("rows", "N", "K", "share", "x_stride", "w_stride", "y_stride", "half"), "i32")}
-    for BM, BN, BK, warps, more in ((16, 64, 256, 4, {}), (64, 32, 128, 4, {"SPLIT": 2}), (64, 64, 64, 4, {"GLU": True, "SPLIT": 2}),
+    for BM, BN, BK, warps, more in ((16, 64, 256, 4, {}), (64, 32, 128, 4, {"SPLIT": 2}),
+                                    (64, 64, 64, 4, {"GLU": True, "SPLIT": 2}),
                                     (128, 64, 64, 8, {"SPLIT": 4, "SERIAL": True})):
         constants = {"BM": BM, "BN": BN, "BK": BK, "SPLIT": 1, "SERIAL": False, "GLU": False, "EVEN": True,
                      "OVERLAP": True, "AHEAD": 8, **more}
-        used = compile_sm90(gemv._skinny, types, constants, warps, ("N", "K", "share", "x_stride", "w_stride", "y_stride",
-                                                                    "half"), num_stages=3)
+        aligned = ("N", "K", "share", "x_stride", "w_stride", "y_stride", "half")
+        used = compile_sm90(gemv._skinny, types, constants, warps, aligned, num_stages=3)
         assert used["spilled"] == 0 and used["registers"] <= 200 and used["shared"] <= 227 << 10, (constants, used)
 
     types = {"q": BF16, "out": BF16, "tables": I64, "positions": I64, "parts": F32, "counters": "*i32",
              **dict.fromkeys(("q_stride", "out_stride", "layer", "window"), "i32"), "scale": "fp32"}
-    constants = {"HKV": 30, "GROUP": 1, "D": 128, "BG": 16, "BD": 128, "SPLIT": 16, "DTYPE": tl.bfloat16, "OVERLAP": True}
+    constants = {"HKV": 30, "GROUP": 1, "D": 128, "BG": 16, "BD": 128, "SPLIT": 16,
+                 "DTYPE": tl.bfloat16, "OVERLAP": True}
     used = compile_sm90(paged_attention._decode_attention, types, constants, 4, ("q_stride", "out_stride"))
     assert used["spilled"] == 0 and used["registers"] <= 128
 
@@ -79,7 +82,8 @@ def test_the_cuda_step_compiles_without_spills(tmp_path):
     for HK, HV, K, V, narrow in ((30, 30, 96, 192, 1), (4, 8, 128, 128, 1), (2, 4, 48, 96, 0)):
         threads = decode.threads_for(K, V)
         sizes = {"HK": HK, "HV": HV, "K": K, "V": V, "W": 4, "THREADS": threads, "STAGES": 2, "BF16": narrow}
-        done = subprocess.run([nvcc, "-std=c++17", "-arch=sm_90a", "-cubin", "-o", tmp_path / "x.cubin", "-Xptxas", "-v",
+        done = subprocess.run([nvcc, "-std=c++17", "-arch=sm_90a", "-cubin", "-o", tmp_path / "x.cubin", "-Xptxas",
+                               "-v",
                                *(f"-D{name}={value}" for name, value in sizes.items()), source],
                               capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -118,6 +122,7 @@ def test_numbers_on_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", [{"block": (64, 256)}, {"block": (64, 128), "split": 2}, {"block": (64, 128), "glu": True}])
+@pytest.mark.parametrize("form", [{"block": (64, 256)}, {"block": (64, 128), "split": 2},
+                                  {"block": (64, 128), "glu": True}])
 def test_a_product_does_not_depend_on_its_company(form):
     assert all(cases.same_in_any_company(1000, 3840, dtype=torch.bfloat16, device="cuda", **form))

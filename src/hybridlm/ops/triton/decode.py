@@ -3,8 +3,8 @@ and the per-head RMSNorm times SiLU(gate). And the residual sums and norms betwe
 
 A decoding step reads each recurrent state once and writes it once; that traffic is the floor, and everything else
 happens in registers on the way. One program takes one value head of one row, its state [K, V] in tiles whose sides are
-powers of two that add up to K and V exactly (96 is 64 + 32, 192 three times 64), so that no lane is idle. This form runs
-anywhere; on Hopper `ops/cuda/decode.cu` does the same, faster.
+powers of two that add up to K and V exactly (96 is 64 + 32, 192 three times 64), so that no lane is idle. This form
+runs anywhere; on Hopper `ops/cuda/decode.cu` does the same, faster.
 
 Rows find their memory by address: `recurrent` and `conv` hold a pointer each, as int64 on the device, so a captured
 graph serves any sequences. Address 0 marks a row that only fills up the batch. The convolution's past is a ring of W
@@ -37,8 +37,8 @@ def _conv(x, taps, taps_stride, ring, channel, offset, position, mask, store,
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride, ssm_a, dt_bias, norm, recurrent, conv, positions,
-                out, out_stride, layer, eps, scale, strength,
+def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride, ssm_a, dt_bias, norm, recurrent, conv,
+                positions, out, out_stride, layer, eps, scale, strength,
                 HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
                 K1: tl.constexpr, K2: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr, DTYPE: tl.constexpr):
     if OVERLAP:
@@ -70,7 +70,9 @@ def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride
 
     rise = tl.load(a + row * stride + head).to(tl.float32) + tl.load(dt_bias + head)
     e = tl.exp(-tl.abs(rise))
-    softplus = tl.maximum(rise, 0.0) + tl.where(1.0 + e == 1.0, e, tl.log(1.0 + e) * (e / tl.maximum(1.0 + e - 1.0, 1e-30)))
+    # log(1 + e), exact also where e is small: rounding 1 + e is made good by the quotient.
+    log1p = tl.where(1.0 + e == 1.0, e, tl.log(1.0 + e) * (e / tl.maximum(1.0 + e - 1.0, 1e-30)))
+    softplus = tl.maximum(rise, 0.0) + log1p
     decay = tl.exp(tl.load(ssm_a + head) * softplus)
     beta = strength * tl.sigmoid(tl.load(b + row * stride + head).to(tl.float32))
 
@@ -82,14 +84,15 @@ def _gdn_decode(q, k, v, a, b, gate, stride, taps_q, taps_k, taps_v, taps_stride
         s2 = decay * tl.load(state + rk2[:, None] * V + c[None, :], mask=in2[:, None] & (c < V)[None, :], other=0.0)
         read = tl.sum(s1 * k1[:, None], 0) + tl.sum(s2 * k2[:, None], 0)
         seen = tl.sum(s1 * q1[:, None], 0) + tl.sum(s2 * q2[:, None], 0)
-        value = _conv(v + row * stride, taps_v, taps_stride, ring, head * V + c, 2 * HK * K, position, c < V, True, CHANNELS, W)
+        value = _conv(v + row * stride, taps_v, taps_stride, ring, head * V + c, 2 * HK * K, position, c < V, True,
+                      CHANNELS, W)
         delta = beta * (value - read)
         tl.store(state + rk1[:, None] * V + c[None, :], s1 + k1[:, None] * delta[None, :], mask=(c < V)[None, :])
         tl.store(state + rk2[:, None] * V + c[None, :], s2 + k2[:, None] * delta[None, :],
                  mask=in2[:, None] & (c < V)[None, :])
         o = tl.where(c < V, seen + qk * delta, 0.0)  # q of the updated state
         squares += tl.sum(o * o, 0)
-        outs = outs + (o,)  # type: ignore[assignment]
+        outs = outs + (o,)  # type: ignore[assignment]  # noqa: RUF005
     size = tl.rsqrt(squares / V + eps)
     for i in tl.static_range(NV):
         c = i * BV + rv
@@ -106,7 +109,8 @@ def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tens
     """One step for B rows, in place.
 
     q, k [B, Hk K]; v, gate [B, Hv V]; a, b [B, Hv]: rows of one matrix, or with equal strides. taps: of the q, k and v
-    convolutions, float32 [W, channels], the newest last, with one row stride. ssm_a (-exp(A_log)), dt_bias float32 [Hv], norm float32 [V].
+    convolutions, float32 [W, channels], the newest last, with one row stride. ssm_a (-exp(A_log)), dt_bias float32
+    [Hv], norm float32 [V].
     recurrent, conv, positions: int64 [B] on the device: addresses of float32 [layers, Hv, K, V] and of [layers, W,
     channels] in q's dtype (0: skip this row), and each token's position. `layer` counts within those. `heads` is
     (Hk, Hv), `strength` the largest beta (2 with negative eigenvalues). out [B, Hv V], in any dtype.
@@ -119,9 +123,9 @@ def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tens
     strides = {x.stride(0) for x in (q, k, v, a, b, gate)} if rows > 1 else {q.stride(0)}
     assert len(strides) == 1, "q, k, v, a, b and gate must have one row stride"
     _gdn_decode[(value_heads, rows)](
-        q, k, v, a, b, gate, q.stride(0), *taps, taps[0].stride(0), ssm_a, dt_bias, norm, recurrent, conv, positions, out, out.stride(0),
-        layer, eps, K**-0.5, strength, HK=key_heads, HV=value_heads, K=K, V=V, W=taps[0].shape[0], K1=K1, K2=K2, BV=BV,
-        OVERLAP=overlap, DTYPE=_TYPES[q.dtype], num_warps=num_warps, launch_pdl=overlap)
+        q, k, v, a, b, gate, q.stride(0), *taps, taps[0].stride(0), ssm_a, dt_bias, norm, recurrent, conv, positions,
+        out, out.stride(0), layer, eps, K**-0.5, strength, HK=key_heads, HV=value_heads, K=K, V=V,
+        W=taps[0].shape[0], K1=K1, K2=K2, BV=BV, OVERLAP=overlap, DTYPE=_TYPES[q.dtype], num_warps=num_warps, launch_pdl=overlap)
 
 
 @triton.jit

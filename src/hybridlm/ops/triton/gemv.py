@@ -1,7 +1,7 @@
 """Linear layers of a decoding step: few rows, so the weights' way from memory is all that counts.
 
-y^T = W x^T on the tensor cores: W's rows are the tall side of the product, the rows of x, filled up to 16, 32 or 64, the
-short one. Multiplying by the filling costs nothing, because the weights arrive later than the products are done.
+y^T = W x^T on the tensor cores: W's rows are the tall side of the product, the rows of x, filled up to 16, 32 or 64,
+the short one. Multiplying by the filling costs nothing, because the weights arrive later than the products are done.
 
 Which rows are in the batch changes nothing in any of them: each column of the product is summed over K in the same
 order, in the same blocks, whatever stands beside it. Narrow layers are split along K so that all processors load; the
@@ -81,7 +81,8 @@ def _skinny(x, w, y, parts, counters, rows, N, K, share, x_stride, w_stride, y_s
     if SPLIT > 1 and not SERIAL:
         blocks = tl.num_programs(0)
         SIZE: tl.constexpr = BN * BM * (2 if GLU else 1)
-        at = parts + (group * SPLIT * blocks + block) * SIZE + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        at = parts + (group * SPLIT * blocks + block) * SIZE + at
         tl.store(at + split * blocks * SIZE, acc)
         if GLU:
             tl.store(at + split * blocks * SIZE + BN * BM, up)

@@ -2,7 +2,8 @@
 
 A page holds 64 tokens of all layers of its group: [layers, K or V, Hkv, 64, d], contiguous, so a head's keys of a page
 are one run of memory. Rows find their pages by address: `tables` holds for each row the address of its own table, whose
-entry p is the address of the page that has tokens 64 p to 64 p + 63. Address 0 marks a row that only fills up the batch.
+entry p is the address of the page that has tokens 64 p to 64 p + 63. Address 0 marks a row that only fills up the
+batch.
 
 The tokens that a row sees are divided among SPLITS programs, page by page, by the row's own length alone; the program
 that finishes last joins the parts in order. So a row's result does not depend on what else is in the batch.
@@ -178,9 +179,9 @@ def store_qkv(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tenso
     assert q.shape[0] < 2 or q.stride(0) == k.stride(0) == v.stride(0)
     _store_qkv[(q.shape[0], 3)](
         q, k, v, q_weight, k_weight, q_weight if inv_freq is None else inv_freq, q_out, tables, positions,
-        q.stride(0), q_out.stride(0), layer, eps, rope_scale, H=H, HKV=HKV, D=width, BQ=triton.next_power_of_2(H * width),
-        BK=triton.next_power_of_2(HKV * width), ROPE=inv_freq is not None, DTYPE=_TYPES[dtype],
-        OVERLAP=overlap, num_warps=16, launch_pdl=overlap)
+        q.stride(0), q_out.stride(0), layer, eps, rope_scale, H=H, HKV=HKV, D=width,
+        BQ=triton.next_power_of_2(H * width), BK=triton.next_power_of_2(HKV * width), ROPE=inv_freq is not None,
+        DTYPE=_TYPES[dtype], OVERLAP=overlap, num_warps=16, launch_pdl=overlap)
 
 
 @triton.jit(do_not_specialize=["first", "layer"])
