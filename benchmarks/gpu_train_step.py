@@ -138,6 +138,19 @@ def peer(repeat: int, sequence: int = 8192, batch: int = 1) -> None:
           "speed with fla", flush=True)
 
 
+def few_configs(count: int) -> None:
+    """Let Triton's autotuner try only so many configurations of a kernel, of 4 warps before others."""
+    from triton.runtime.autotuner import Autotuner
+
+    original = Autotuner.__init__
+
+    def shorter(self: Any, fn: Any, arg_names: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
+        best = sorted(configs or [], key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 3)))[:count]
+        original(self, fn, arg_names, best, *args, **kwargs)
+
+    Autotuner.__init__ = shorter  # type: ignore[method-assign]
+
+
 def _transformers(config: dict[str, Any], *, fla: bool, hook: bool, sequence: int, batch: int) -> Any:
     import transformers
 
@@ -229,6 +242,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=("mfu", "twin", "peer", "memory", []))
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--fla-configs", type=int, default=0, metavar="N",
+                        help="let fla's autotuner try only N configurations a kernel (0: all, most of a minute)")
     parser.add_argument("--warm", metavar="NAME,SEQUENCE,BATCH,MICROBATCH")
     parser.add_argument("--json", help="a file that gets one object a line")
     o = parser.parse_args()
@@ -240,6 +255,8 @@ def main() -> None:
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; 1b at 8k needs "
           f"{flops_per_token(find('1b').model, 8192) / 1e9:.2f} GFLOP a token", flush=True)
+    if o.fla_configs:
+        few_configs(o.fla_configs)
     for what in o.what:
         {"mfu": mfu, "twin": twin, "peer": peer, "memory": memory}[what](o.repeat)
     if o.json:

@@ -30,7 +30,7 @@ from hybridlm.errors import HybridLMError
 from hybridlm.model import HybridLM
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
-from hybridlm.train.trainer import Trainer
+from hybridlm.train.trainer import Trainer, pick_device
 
 __all__ = ["Speed", "Stopwatch", "flops_per_token", "sweep"]
 
@@ -105,8 +105,11 @@ class Stopwatch:
         tokens = rng.integers(recipe.model.vocab_size, size=size).astype(np.uint32)
         starts = np.unique(np.append(0, rng.integers(size, size=size // 2000)))
         stream = TokenStream((tokens,), (np.stack([starts, starts, np.zeros_like(starts)], 1),))
+        with torch.device(pick_device(recipe.device)):
+            model = HybridLM(recipe.model, init=False)
+        _fill(model)
         with tempfile.TemporaryDirectory() as out:
-            self.trainer = Trainer(recipe, HybridLM(recipe.model), stream, stream, Path(out))
+            self.trainer = Trainer(recipe, model, stream, stream, Path(out))
         self.recipe, self.times = recipe, list[float]()
         self.cuda = self.trainer.device.type == "cuda"
         if self.cuda:
@@ -147,6 +150,20 @@ class Stopwatch:
         lines = [f"{1e-3 * time / 2:9.2f} ms {time / whole:6.1%} {count // 2:6d} x {name[:90]}"
                  for time, count, name in sorted(events, reverse=True)[:rows]]
         return "\n".join([*lines, f"{1e-3 * whole / 2:9.2f} ms in all"])
+
+
+@torch.no_grad()
+def _fill(model: HybridLM) -> None:
+    """Plausible weights, made where they are; `init_weights` gives the same on every device, which takes long."""
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.fill_(1)
+        elif name.endswith("A_log"):
+            weight.uniform_(0, 2.7)
+        elif name.endswith("dt_bias"):
+            weight.uniform_(-7, -2)
+        else:
+            weight.normal_(0, 0.3 if "conv1d" in name else 0.02)
 
 
 def sweep(name: str, settings: Mapping[str, str]) -> None:

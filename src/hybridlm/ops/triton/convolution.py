@@ -3,7 +3,8 @@
 x [B, T, C] holds the groups side by side (q | k | v of a layer, as one projection leaves them); each comes out as a
 tensor of its own, so that what follows reads and writes it whole, and the gradient goes back into one tensor. A
 program walks through a span of time with the last rows of its channels in registers, so each value is read once;
-backward computes the values before SiLU again, so nothing but x is kept. Filters are up to four wide. Programs that run at the same time stand side by side along the channels, so that memory is read a whole row at a time.
+backward computes the values before SiLU again, so nothing but x is kept. Filters are up to four wide. Programs that run
+at the same time stand side by side along the channels, so that memory is read a whole row at a time.
 """
 
 from __future__ import annotations

@@ -125,7 +125,8 @@ def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tens
     _gdn_decode[(value_heads, rows)](
         q, k, v, a, b, gate, q.stride(0), *taps, taps[0].stride(0), ssm_a, dt_bias, norm, recurrent, conv, positions,
         out, out.stride(0), layer, eps, K**-0.5, strength, HK=key_heads, HV=value_heads, K=K, V=V,
-        W=taps[0].shape[0], K1=K1, K2=K2, BV=BV, OVERLAP=overlap, DTYPE=_TYPES[q.dtype], num_warps=num_warps, launch_pdl=overlap)
+        W=taps[0].shape[0], K1=K1, K2=K2, BV=BV, OVERLAP=overlap, DTYPE=_TYPES[q.dtype], num_warps=num_warps,
+        launch_pdl=overlap)
 
 
 @triton.jit
