@@ -6,6 +6,7 @@ and then stay, so that a pass allocates next to nothing. Their roles keep apart 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hybridlm import native
 from hybridlm.config import HybridConfig, Rope
 from hybridlm.engine.layout import KV_TYPES, PAGE, Layout
 from hybridlm.engine.state import State
-from hybridlm.engine.walk import Batch
+from hybridlm.engine.walk import Batch, logprobs_of
 from hybridlm.engine.weights import DeltaNetLayer, Loader, Weights
 from hybridlm.errors import ConfigError, FormatError
 
@@ -37,8 +38,16 @@ class CPU:
         self._runs: list[tuple[int, int, bool]] = []  # of the rows of this pass: first, last, whether of long segments
         self._second = False  # which of two buffers the last norm filled: q's and k's are alive together
 
+    slab: int | None = None
+
     def state(self) -> State:
         return State(self.layout)
+
+    def run(self, layers: Callable[[], Array]) -> Array:
+        return layers()
+
+    def stack(self, rows: Sequence[Array]) -> Array:
+        return np.stack(rows)
 
     def begin(self, batch: Batch) -> None:
         for s in batch.segments:
@@ -124,6 +133,9 @@ class CPU:
         out = np.empty((len(x), weight.rows), np.float32)
         native.linear(x, [weight], [out], self.exact)
         return out
+
+    def logprobs(self, x: Array, weight: native.Matrix, targets: Array) -> Array:
+        return logprobs_of(self.head(x, weight), targets)
 
     def _buffer(self, role: str, index: int, rows: int, width: int) -> Array:
         key = (role, index, width)

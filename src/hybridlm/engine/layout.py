@@ -25,7 +25,7 @@ class KVType:
     nbytes: int
 
 
-KV_TYPES = {"f32": KVType(0, 1, 4), "f16": KVType(1, 1, 2), "q8_0": KVType(8, 32, 34)}
+KV_TYPES = {"f32": KVType(0, 1, 4), "f16": KVType(1, 1, 2), "bf16": KVType(30, 1, 2), "q8_0": KVType(8, 32, 34)}
 
 
 @dataclass(frozen=True)

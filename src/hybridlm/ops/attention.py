@@ -7,10 +7,13 @@ GPU FlexAttention skips the others, and nothing of size T x T exists; a CPU gets
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from hybridlm.ops.reference import causal_mask, document_starts
 
@@ -19,7 +22,13 @@ __all__ = ["AttentionMask", "attention_mask", "fused_attention"]
 BLOCK = 128
 AttentionMask = BlockMask | Tensor
 
-_flex = torch.compile(flex_attention, dynamic=False)
+
+@cache
+def _flex() -> Callable[..., Tensor]:
+    """Made when first needed: asking for a compiler loads it, which takes seconds."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, documents: Tensor | None = None,
@@ -36,7 +45,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = Non
     grouped = k.shape[2] != q.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if isinstance(mask, BlockMask):
-        return _flex(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+        return _flex()(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1,
                                           enable_gqa=grouped).transpose(1, 2)
 

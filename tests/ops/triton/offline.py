@@ -12,14 +12,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
-def compile_sm90(kernel, types: dict[str, str], constants: dict, num_warps: int) -> dict[str, int]:
-    """{"registers", "spilled" (bytes of stack), "shared"} of a kernel; `types` as in Triton: "*bf16", "i32", "fp32"."""
+def compile_sm90(kernel, types: dict[str, str], constants: dict, num_warps: int, aligned: tuple[str, ...] = (),
+                 **options) -> dict[str, int]:
+    """{"registers", "spilled" (bytes of stack), "shared"} of a kernel; `types` as in Triton: "*bf16", "i32", "fp32";
+    `aligned` names integers that are multiples of 16, as all pointers are."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items()
-                  if kind.startswith("*")}
+                  if kind.startswith("*") or name in aligned}
     compiled = triton.compile(ASTSource(kernel, signature, positions, attributes),
-                              target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+                              target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, **options})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
