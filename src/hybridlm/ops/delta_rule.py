@@ -1,6 +1,7 @@
 """The chunked gated delta rule as one operator on NVIDIA GPUs, which `torch.compile` and CUDA graphs take whole.
 
-The kernels are in `hybridlm.ops.triton`, imported when first launched. The forward pass keeps nothing but its inputs.
+The kernels are in `hybridlm.ops.cuda` for Hopper GPUs and in `hybridlm.ops.triton` for all others and for sizes the
+first do not take; both are imported when first launched. The forward pass keeps nothing but its inputs.
 Given the same inputs, results and gradients are the same bit for bit. Lengths are read on the device only: a call
 never waits for the GPU, and the grids of a packed row depend on its total length and the number of its documents.
 """
@@ -8,7 +9,9 @@ never waits for the GPU, and the grids of a packed row depend on its total lengt
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -55,13 +58,17 @@ def fused_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     return o, state
 
 
+def _kernels(q: Tensor, v: Tensor) -> ModuleType:
+    from hybridlm.ops.cuda import launch
+
+    return importlib.import_module(f"hybridlm.ops.{'cuda' if launch.takes(q, v) else 'triton'}.delta_rule")
+
+
 @torch.library.custom_op("hybridlm::gated_delta_rule", mutates_args=(), device_types="cuda")
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None,
                      cu_seqlens: Tensor | None, qk_l2norm: bool) -> tuple[Tensor, Tensor]:
     """All contiguous; g, beta and states float32, cu_seqlens int32."""
-    from hybridlm.ops.triton import delta_rule
-
-    return delta_rule.forward(q, k, v, g, beta, initial_state, cu_seqlens, qk_l2norm)
+    return _kernels(q, v).forward(q, k, v, g, beta, initial_state, cu_seqlens, qk_l2norm)
 
 
 @gated_delta_rule.register_fake
@@ -76,10 +83,8 @@ def gated_delta_rule_backward(do: Tensor, dstate: Tensor, q: Tensor, k: Tensor, 
                               initial_state: Tensor | None, cu_seqlens: Tensor | None, qk_l2norm: bool
                               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g, beta and initial_state (of no size where there is none)."""
-    from hybridlm.ops.triton import delta_rule
-
-    dq, dk, dv, dg, dbeta, dinitial = delta_rule.backward(do, dstate, q, k, v, g, beta, initial_state, cu_seqlens,
-                                                          qk_l2norm)
+    dq, dk, dv, dg, dbeta, dinitial = _kernels(q, v).backward(do, dstate, q, k, v, g, beta, initial_state, cu_seqlens,
+                                                              qk_l2norm)
     return dq, dk, dv, dg, dbeta, g.new_empty(0) if dinitial is None else dinitial
 
 

@@ -1,0 +1,48 @@
+"""The chunked gated delta rule through the CUDA kernels: the forward and the backward pass, as a sequence of launches.
+
+    forward     prepare, scan
+    backward    prepare, scan (again, for each chunk's state and writes), reverse scan, gradient
+
+The products and their letters are explained where they are made: prepare.cu, forward.cu, reverse.cu, gradient.cu. The
+state and all sums are float32, left and right factors bfloat16, and those of T = (I + L)^-1 float16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridlm.ops.cuda import launch
+
+__all__ = ["backward", "forward"]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
+            cu_seqlens: Tensor | None = None, norm: bool = True) -> tuple[Tensor, Tensor]:
+    """o [B, T, H, V] and the final states [N, H, K, V].
+
+    All contiguous; q, k, v bfloat16, g, beta and states float32, cu_seqlens int32.
+    """
+    rows = launch.Rows.of(v, cu_seqlens)
+    records = launch.prepare(rows, q, k, g, beta, norm)
+    o, final = torch.empty_like(v), g.new_empty(rows.sequences, v.shape[2], k.shape[3], v.shape[3])
+    launch.scan(rows, records, v, k.shape[3], o=o, initial=initial_state, final=final)
+    return o, final
+
+
+def backward(do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+             initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, norm: bool = True
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k, v, g, beta and, where there is one, initial_state."""
+    rows = launch.Rows.of(v, cu_seqlens)
+    heads, (key_heads, key_dim) = v.shape[2], k.shape[2:]
+    records = launch.prepare(rows, q, k, g, beta, norm)
+    states, writes = launch.new_states(rows, v, key_dim), launch.new_tiles(rows, v)
+    launch.scan(rows, records, v, key_dim, tiles=writes, initial=initial_state, states=states)
+    dstates, e = torch.empty_like(states), torch.empty_like(writes)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    launch.scan(rows, records, do, key_dim, tiles=e, initial=dfinal, final=dinitial, states=dstates, reverse=True)
+    dq, dk, dv, dg, dbeta = launch.gradient(rows, records, v, do, e, writes, states, dstates, g, key_dim, norm)
+    if heads != key_heads:
+        dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, dg, dbeta, dinitial
