@@ -1,8 +1,8 @@
 """`CudaState`: everything a model remembers of the tokens it has read, in the memory of a GPU.
 
 The counterpart of `state.State`, built the same way: the fixed part (a float32 matrix per head, the convolutions' past,
-the last hidden row) in one allocation that every token rewrites, keys and values in pages of PAGE tokens that are written
-once. A page is a tensor of its own; states share full pages by sharing tensors, and PyTorch's allocator takes one back
+the last hidden row) in one allocation that every token rewrites, keys and values in pages of PAGE tokens, written once.
+A page is a tensor of its own; states share full pages by sharing tensors, and PyTorch's allocator takes one back
 with its last owner. Kernels find everything by address, so nothing has to lie in a pool of fixed size, and nothing
 moves when a sequence grows: its table of page addresses, on the device, gets one entry more.
 
