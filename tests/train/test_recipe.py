@@ -8,7 +8,7 @@ import pytest
 from tests.train.helpers import micro
 
 from hybridlm.errors import ConfigError
-from hybridlm.train.optimizer import learning_rate
+from hybridlm.train.schedule import learning_rate
 from hybridlm.train.recipes import RECIPES, find
 
 

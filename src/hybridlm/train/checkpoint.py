@@ -184,8 +184,8 @@ class Checkpoints:
 
     # -- loading -------------------------------------------------------------------------------------------------
 
-    def load_newest(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], warn: Callable[[str], None]) \
-            -> dict[str, Any] | None:
+    def load_newest(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], warn: Callable[[str], None],
+                    check: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any] | None:
         """Fill model and optimiser from the newest whole checkpoint; its `state`, or None when there is none at all.
 
         Damaged ones are told to `warn` (by the first rank) and left in place. Raises `DataError` when all are damaged.
@@ -198,8 +198,9 @@ class Checkpoints:
                 if self.rank == 0:
                     warn(f"{path}: {faults[0]}; falling back to the checkpoint before it")
                 continue
-            self._fill(path, model, optimizer)
             state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            check(state)
+            self._fill(path, model, optimizer)
             return state
         if found:
             raise DataError(f"{self.folder}: all {len(found)} checkpoints are damaged; delete the folder to start over")

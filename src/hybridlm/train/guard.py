@@ -8,6 +8,8 @@ loss is got used to; a loss that stays out of line ends the run after `PATIENCE`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,14 @@ class Guard:
         self.in_a_row = torch.where(bad, self.in_a_row + 1, 0)
         return bad.float()
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {"guard.seen": self.seen, "guard.count": self.count, "guard.in_a_row": self.in_a_row}
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain data."""
+        return {"seen": self.seen.tolist(), "count": int(self.count), "in_a_row": int(self.in_a_row)}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Take up `state()` of a guard with the same window; another window starts afresh."""
-        if state["guard.seen"].shape == self.seen.shape:
-            for name in ("seen", "count", "in_a_row"):
-                setattr(self, name, state[f"guard.{name}"].to(self.seen.device, copy=True))
+        seen = torch.tensor(state["seen"], dtype=torch.float64)
+        if seen.shape == self.seen.shape:
+            self.seen.copy_(seen)
+            self.count.fill_(state["count"])
+            self.in_a_row.fill_(state["in_a_row"])

@@ -49,7 +49,8 @@ class HybridOptimizer(torch.optim.Optimizer):
             groups.setdefault((muon, decayed), []).append(p)
         self.betas, self.eps, self.momentum = (recipe.beta1, recipe.beta2), recipe.eps, recipe.momentum
         super().__init__([{"params": groups[key], "muon": key[0], "weight_decay": recipe.weight_decay * key[1]}
-                          for key in sorted(groups, reverse=True)], {"lr": recipe.lr})
+                          for key in sorted(groups, reverse=True)],
+                         {"lr": recipe.lr, "fused": True})  # counters on the device when loaded
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:  # type: ignore[override]

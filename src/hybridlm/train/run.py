@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,9 @@ from hybridlm.model import HybridLM
 from hybridlm.text import Tokenizer, train_bpe
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
-from hybridlm.train.trainer import Trainer
+from hybridlm.train.events import Events
+from hybridlm.train.parallel import Parallel
+from hybridlm.train.trainer import Trainer, layout_of, pick_device
 from hybridlm.train.validate import Bits
 
 __all__ = ["run"]
@@ -59,17 +61,34 @@ def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out: {out} cannot be made ({error.strerror})") from None
-    with _alone(out):
-        tokenizer, train, val, content = _tokens(recipe, out)
-        recipe = replace(recipe, model=_shape(recipe, tokenizer))
-        write_file(out / "recipe.json", json.dumps({**recipe.to_dict(), "recipe": recipe.name, "versions": {
-            "hybridlm": hybridlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        }, indent=1).encode())
-        trainer = Trainer(recipe, _model(recipe), train, val, out, data=content, began=began)
-        _tell(recipe, trainer, train, val)
-        trainer.fit()
-        _export(trainer, tokenizer, out)
+    parallel = Parallel.start(layout_of(recipe), pick_device(recipe.device), timeout=recipe.timeout)
+    try:
+        with _alone(out) if parallel.is_main else nullcontext():
+            if parallel.is_main:  # the others find the tokens that the first rank has made
+                _tokens(recipe, out)
+            parallel.barrier()
+            tokenizer, train, val, content = _tokens(recipe, out)
+            recipe = replace(recipe, model=_shape(recipe, tokenizer))
+            if parallel.is_main:
+                _write_recipe(recipe, len(train), out)
+            events = Events(out, parallel.rank)
+            trainer = Trainer(recipe, _model(recipe), train, val, out, data=content, began=began, parallel=parallel,
+                              events=events)
+            if parallel.is_main:
+                _tell(recipe, trainer, train, val)
+            trainer.fit()
+            _export(trainer, tokenizer, out)
+    finally:
+        parallel.stop()
     return out
+
+
+def _write_recipe(recipe: Recipe, tokens: int, out: Path) -> None:
+    """OUT/recipe.json: what was asked for, with which versions, on how much text."""
+    write_file(out / "recipe.json", json.dumps({
+        **recipe.to_dict(), "recipe": recipe.name, "unique_tokens": tokens,
+        "versions": {"hybridlm": hybridlm.__version__, "torch": torch.__version__,
+                     "python": platform.python_version()}}, indent=1).encode())
 
 
 def _tokens(recipe: Recipe, out: Path) -> tuple[Tokenizer, TokenStream, TokenStream, str]:
