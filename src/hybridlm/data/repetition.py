@@ -1,4 +1,4 @@
-"""Windows that say the same thing over and over: machine output, padding, broken pages; nothing to learn, much to spoil.
+"""Windows that say the same thing over and over: machine output, padding, broken pages. Nothing is learnt from them.
 
 The rule is OLMo's: a phrase of at most 13 tokens that stands 32 times in a row makes the whole window worthless.
 """

@@ -71,10 +71,10 @@ class HybridOptimizer(torch.optim.Optimizer):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         states = [self.state[p] for p in params]
         steps = [s["step"] for s in states]
-        torch._foreach_add_(steps, 1.0 if skip is None else 1 - skip)  # type: ignore[arg-type]
+        torch._foreach_add_(steps, 1.0 if skip is None else 1 - skip)
         found = None if skip is None else skip.reshape(1)
         torch._fused_adamw_(
-            [_local(p) for p in params], [_local(p.grad) for p in params], [_local(s["exp_avg"]) for s in states],
+            [_local(p) for p in params], [_local(p.grad) for p in params if p.grad is not None], [_local(s["exp_avg"]) for s in states],
             [_local(s["exp_avg_sq"]) for s in states], [], steps, lr=group["lr"], beta1=self.betas[0],
             beta2=self.betas[1], weight_decay=group["weight_decay"], eps=self.eps, amsgrad=False, maximize=False,
             grad_scale=None, found_inf=found)
@@ -118,7 +118,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _whole(part: Tensor, like: Tensor, function: Any) -> Tensor:
     """`function` of the whole matrix that `part` is this rank's piece of, and of the result this rank's piece."""
     if not isinstance(like, DTensor):
-        return function(part)  # type: ignore[no-any-return]
+        return function(part)
     whole = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
     made = function(whole.full_tensor())
     return distribute_tensor(made.contiguous(), like.device_mesh, like.placements, src_data_rank=None).to_local()

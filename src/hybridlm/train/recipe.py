@@ -18,6 +18,9 @@ from hybridlm.errors import ConfigError
 
 __all__ = ["Recipe"]
 
+# What must not differ between a checkpoint and the recipe that resumes it.
+FIXED = ("model", "batch", "sequence", "seed", "mask_documents", "optimizer", "packing")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -43,7 +46,7 @@ class Recipe:
     sequence: int = 256  # tokens a sequence
     mask_documents: bool = True  # documents packed into one sequence do not see each other
     packing: str = "stream"  # documents one behind the other, cut anywhere; or "whole": placed so that few are cut
-    repetition: int = 0  # a sequence that holds a phrase of up to 13 tokens so many times in a row teaches nothing; 0: off
+    repetition: int = 0  # a sequence with a phrase of up to 13 tokens so many times in a row has no loss; 0: off
 
     # optimiser
     optimizer: str = "adamw"  # adamw, or muon: hidden matrices on Muon, the rest on AdamW
@@ -95,7 +98,8 @@ class Recipe:
         for key in ("vocab", "batch", "sequence", "keep", "dp_shard", "tp", "cp", "timeout"):
             _check(getattr(self, key) > 0, key, "must be positive", getattr(self, key))
         for key in ("steps", "microbatch", "warmup", "save_every", "val_every", "val_tokens", "threads", "seconds",
-                    "weight_decay", "clip", "z_loss", "seed", "skip_sigma", "repetition", "dp_replicate", "permanent_every"):
+                    "weight_decay", "clip", "z_loss", "seed", "skip_sigma", "repetition", "dp_replicate",
+                    "permanent_every"):
             _check(getattr(self, key) >= 0, key, "must not be negative", getattr(self, key))
         _check(self.steps > 0 or self.seconds > 0, "steps", "must be positive", self.steps)
         _check(self.lr > 0, "lr", "must be positive", self.lr)
@@ -109,7 +113,8 @@ class Recipe:
                            ("optimizer", ("adamw", "muon")), ("packing", ("stream", "whole")),
                            ("export_dtype", ("float32", "bfloat16", "float16"))):
             _check(getattr(self, key) in known, key, f"must be one of {', '.join(known)}", getattr(self, key))
-        _check(bool(self.multiples) or self.schedule != "wsds", "decays", "must be given with schedule=wsds", self.decays)
+        _check(bool(self.multiples) or self.schedule != "wsds", "decays", "must be given with schedule=wsds",
+               self.decays)
         _check(self.schedule != "wsds" or not self.seconds, "schedule", "wsds counts steps, seconds= cannot bound it",
                self.schedule)
         _check(self.rope in ("", "drop") or self.yarn_factor > 1, "rope", "must be drop or yarn:FACTOR", self.rope)
@@ -167,6 +172,15 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**values, "model": self.model.to_dict()}
 
+    def continues(self, other: Mapping[str, Any], out: Path) -> None:
+        """Refuse to go on from the checkpoint of `other`, another recipe's `to_dict` read back, where that makes no
+        sense."""
+        before, now = _plain(other), _plain(self.to_dict())
+        for key in FIXED:
+            if before.get(key) != now[key]:
+                told = "" if key == "model" else f" (it was {before.get(key)}, not {now[key]})"
+                raise ConfigError(f"{key}: differs from the run in {out}{told}; keep it, or give another out=")
+
     def ready(self) -> Recipe:
         """Itself, once sure that it says what to read and where to write."""
         if not self.data:
@@ -176,6 +190,13 @@ class Recipe:
         if Path(self.out).is_file():
             raise ConfigError(f"out: {self.out} is a file; give a folder")
         return self
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back: lists for tuples."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _check(good: bool, key: str, rule: str, value: Any) -> None:

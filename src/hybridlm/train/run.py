@@ -35,11 +35,12 @@ from hybridlm.data.tokens import MANIFEST
 from hybridlm.errors import ConfigError, DataError
 from hybridlm.model import HybridLM
 from hybridlm.text import Tokenizer, train_bpe
-from hybridlm.train.recipe import Recipe
-from hybridlm.train.recipes import find
 from hybridlm.train.events import Events
 from hybridlm.train.parallel import Parallel
-from hybridlm.train.trainer import Trainer, layout_of, pick_device
+from hybridlm.train.place import layout_of, pick_device
+from hybridlm.train.recipe import Recipe
+from hybridlm.train.recipes import find
+from hybridlm.train.trainer import Trainer
 from hybridlm.train.validate import Bits
 
 __all__ = ["run"]

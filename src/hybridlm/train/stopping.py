@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGINT and SIGTERM are noted and acted on between steps, with a checkpoint; a second acts at once."""
+"""Being asked to stop: SIGINT and SIGTERM are noted, and acted on between steps; a second one acts at once."""
 
 from __future__ import annotations
 

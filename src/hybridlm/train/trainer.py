@@ -8,7 +8,6 @@ runs this same loop; what they share goes through `Parallel`, and what is logged
 from __future__ import annotations
 
 import base64
-import math
 import signal
 import sys
 import time
@@ -30,17 +29,14 @@ from hybridlm.train.events import Events
 from hybridlm.train.guard import PATIENCE, Guard
 from hybridlm.train.metrics import Metrics
 from hybridlm.train.optimizer import HybridOptimizer
-from hybridlm.train.parallel import Layout, Parallel
+from hybridlm.train.parallel import Parallel
+from hybridlm.train.place import layout_of, pick_device
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.schedule import decay_ends, learning_rate
 from hybridlm.train.stopping import asked_to_stop
 from hybridlm.train.validate import Bits, validate
 
-__all__ = ["Trainer", "layout_of", "pick_device"]
-
-Device = torch.device
-# What must not differ between a checkpoint and the recipe that resumes it.
-FIXED = ("model", "batch", "sequence", "seed", "mask_documents", "optimizer", "packing")
+__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -289,35 +285,6 @@ class Trainer:
 
     def _accept(self, state: dict[str, Any]) -> None:
         """Refuse the checkpoint of another run."""
-        before, now = _plain(state["recipe"]), _plain(self.recipe.to_dict())
-        for key in FIXED:
-            if before.get(key) != now[key]:
-                told = "" if key == "model" else f" (it was {before.get(key)}, not {now[key]})"
-                raise ConfigError(f"{key}: differs from the run in {self.out}{told}; keep it, or give another out=")
+        self.recipe.continues(state["recipe"], self.out)
         if state["data"] != self.data:
             raise ConfigError(f"data: the run in {self.out} was trained on other tokens; give another out=")
-
-
-def layout_of(recipe: Recipe) -> Layout:
-    """How the recipe shares the work out over processes."""
-    return Layout(replicate=recipe.dp_replicate, shard=recipe.dp_shard, tensor=recipe.tp, context=recipe.cp)
-
-
-def pick_device(name: str) -> Device:
-    """The device of a recipe's word."""
-    if name == "auto":
-        return Device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = Device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: {name!r} is none; give auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda is asked for, but PyTorch sees no GPU; give device=cpu")
-    return device
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON gives it back: lists for tuples."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
