@@ -120,7 +120,7 @@ class Recipe:
         _check(self.rope in ("", "drop") or self.yarn_factor > 1, "rope", "must be drop or yarn:FACTOR", self.rope)
         if self.microbatch and self.batch % self.microbatch:
             raise ConfigError(f"microbatch: {self.microbatch} sequences do not divide batch={self.batch}")
-        if self.sequence > self.model.max_position_embeddings:
+        if self.sequence > self.model.max_position_embeddings and not self.init:
             raise ConfigError(f"sequence: {self.sequence} tokens are more than the model's max_position_embeddings "
                               f"{self.model.max_position_embeddings}")
 

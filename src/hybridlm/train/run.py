@@ -33,13 +33,14 @@ from hybridlm.data import Source, TokenFolder, TokenStream, tokenize
 from hybridlm.data.shards import held_out
 from hybridlm.data.tokens import MANIFEST
 from hybridlm.errors import ConfigError, DataError
-from hybridlm.model import HybridLM
 from hybridlm.text import Tokenizer, train_bpe
+from hybridlm.train.checkpoint import read_weights
 from hybridlm.train.events import Events
 from hybridlm.train.parallel import Parallel
 from hybridlm.train.place import layout_of, pick_device
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
+from hybridlm.train.start import start_shape, starting_model, whole_model
 from hybridlm.train.trainer import Trainer
 from hybridlm.train.validate import Bits
 
@@ -69,11 +70,11 @@ def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
                 _tokens(recipe, out)
             parallel.barrier()
             tokenizer, train, val, content = _tokens(recipe, out)
-            recipe = replace(recipe, model=_shape(recipe, tokenizer))
+            recipe = replace(recipe, model=start_shape(recipe, tokenizer))
             if parallel.is_main:
                 _write_recipe(recipe, len(train), out)
             events = Events(out, parallel.rank)
-            trainer = Trainer(recipe, _model(recipe), train, val, out, data=content, began=began, parallel=parallel,
+            trainer = Trainer(recipe, starting_model(recipe), train, val, out, data=content, began=began, parallel=parallel,
                               events=events)
             if parallel.is_main:
                 _tell(recipe, trainer, train, val)
@@ -148,25 +149,6 @@ def _sample(source: Source, fraction: float) -> Iterator[str]:
     return (text for text in islice(texts, 0, None, every) if not is_held_out(text))
 
 
-def _shape(recipe: Recipe, tokenizer: Tokenizer) -> hybridlm.HybridConfig:
-    """The recipe's model with the tokenizer's vocabulary, its table rounded up to 128 rows."""
-    rows = -(-tokenizer.vocab_size // 128) * 128
-    return recipe.model.with_(vocab_size=rows, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad)
-
-
-def _model(recipe: Recipe) -> HybridLM:
-    torch.manual_seed(recipe.seed)
-    if recipe.init:
-        model = HybridLM.from_pretrained(recipe.init, dtype=torch.float32)
-        if model.config.vocab_size < recipe.model.vocab_size:
-            raise ConfigError(f"init: {recipe.init} has a table of {model.config.vocab_size} tokens, the tokenizer "
-                              f"needs {recipe.model.vocab_size}; give tokenizer={recipe.init}")
-        return model
-    model = HybridLM(recipe.model)
-    model.init_weights(recipe.seed)
-    return model
-
-
 def _tell(recipe: Recipe, trainer: Trainer, train: TokenStream, val: TokenStream) -> None:
     model = recipe.model
     length = f"{recipe.seconds:g} s" if recipe.seconds else f"{recipe.steps:,} steps"
@@ -181,11 +163,15 @@ def _tell(recipe: Recipe, trainer: Trainer, train: TokenStream, val: TokenStream
 
 
 def _export(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
-    """OUT/hf, whole or as it was, and OUT/result.json."""
+    """OUT/hf, whole or as it was, and OUT/result.json; all ranks validate, the first writes."""
+    bits: dict[str, Bits] = trainer.validate() if len(trainer.val) else {}
+    if not trainer.parallel.is_main:
+        return
     aside, folder = out / ".hf.tmp", out / "hf"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        trainer.model.save_pretrained(aside, dtype=getattr(torch, trainer.recipe.export_dtype))
+        model = trainer.model if trainer.parallel.world == 1 else whole_model(trainer.recipe.model, read_weights(out))
+        model.save_pretrained(aside, dtype=getattr(torch, trainer.recipe.export_dtype))
         tokenizer.save(aside)
         flush_files(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -195,7 +181,6 @@ def _export(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         raise DataError(f"{folder}: cannot be written ({error.strerror}); the checkpoints are untouched, "
                         "make room and run the same command again") from None
-    bits: dict[str, Bits] = trainer.validate() if len(trainer.val) else {}
     result = {"steps": trainer.step, "tokens": trainer.step * trainer.recipe.tokens_per_step,
               "seconds": round(trainer.elapsed(), 1),
               "val_bits_per_byte": {label: round(b.per_byte, 5) for label, b in bits.items()},

@@ -250,7 +250,8 @@ class Trainer:
         # Windows come in many shapes, each of which would be compiled anew.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             bits = validate(self.model.hidden, self.model.head_weight, self.val, sequence=self.recipe.sequence,
-                            rows=rows, limit=limit)
+                            rows=rows, limit=limit, rank=self.parallel.data_rank, world=self.parallel.data_world,
+                            together=self.parallel.sum)
         self.model.train()
         return bits
 
