@@ -76,7 +76,7 @@ def odd_ones(sums: list[list[int]], pieces: list[tuple[str, ...]], names: list[s
     sums, pieces: one row a rank, one column a tensor; ranks with the same piece of a tensor are its replicas.
     """
     wrong: set[int] = set()
-    differing = []
+    differing: list[str] = []
     for column, name in enumerate(names):
         replicas: dict[str, list[int]] = defaultdict(list)
         for rank, row in enumerate(pieces):

@@ -63,7 +63,8 @@ def room_for(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any]) -> 
 
 def share(tensors: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
     """What a rank writes: its pieces of sharded tensors, and its part of those that all ranks hold, about equal."""
-    own, load = {}, [0] * world
+    own: dict[str, Tensor] = {}
+    load = [0] * world
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
         if isinstance(tensor, DTensor):
             own[name] = tensor
