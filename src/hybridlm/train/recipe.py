@@ -118,6 +118,7 @@ class Recipe:
         _check(self.schedule != "wsds" or not self.seconds, "schedule", "wsds counts steps, seconds= cannot bound it",
                self.schedule)
         _check(self.rope in ("", "drop") or self.yarn_factor > 1, "rope", "must be drop or yarn:FACTOR", self.rope)
+        _check(not self.moments or bool(self.init), "moments", "needs init=RUN", self.moments)
         if self.microbatch and self.batch % self.microbatch:
             raise ConfigError(f"microbatch: {self.microbatch} sequences do not divide batch={self.batch}")
         if self.sequence > self.model.max_position_embeddings and not self.init:

@@ -36,13 +36,16 @@ from hybridlm.errors import ConfigError, DataError
 from hybridlm.text import Tokenizer, train_bpe
 from hybridlm.train.checkpoint import read_weights
 from hybridlm.train.events import Events
+from hybridlm.train.faults import Orders
 from hybridlm.train.parallel import Parallel
 from hybridlm.train.place import layout_of, pick_device
 from hybridlm.train.recipe import Recipe
-from hybridlm.train.recipes import find
+from hybridlm.train.recipes import find, stages_of
+from hybridlm.train.stages import run_stages
 from hybridlm.train.start import start_shape, starting_model, whole_model
 from hybridlm.train.trainer import Trainer
 from hybridlm.train.validate import Bits
+from hybridlm.train.watchdog import Beat
 
 __all__ = ["run"]
 
@@ -50,10 +53,16 @@ _BPE_CHARACTERS = 1 << 28  # a tokenizer is trained on at most so much of the te
 
 
 def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
-    """Train recipe `name` with settings replaced, to its end; returns the folder of the run.
+    """Train recipe `name` with settings replaced, to its end; returns the folder of the run, of stages the last's.
 
     Raises a `HybridLMError` for what the user can mend. Ctrl-C and SIGTERM save a checkpoint first.
     """
+    stages = stages_of(name)
+    return run_stages(stages, overrides or {}, _train) if stages else _train(name, overrides)
+
+
+def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
+    """One recipe."""
     began = time.monotonic()
     recipe = find(name).override(overrides or {}).ready()
     if recipe.threads:
@@ -73,13 +82,15 @@ def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
             recipe = replace(recipe, model=start_shape(recipe, tokenizer))
             if parallel.is_main:
                 _write_recipe(recipe, len(train), out)
-            events = Events(out, parallel.rank)
-            trainer = Trainer(recipe, starting_model(recipe), train, val, out, data=content, began=began, parallel=parallel,
-                              events=events)
+            model = starting_model(recipe)
+            trainer = Trainer(recipe, model, train, val, out, data=content, began=began, parallel=parallel,
+                              events=Events(out, parallel.rank), beat=Beat.from_environment(),
+                              faults=Orders.from_environment(model))
             if parallel.is_main:
                 _tell(recipe, trainer, train, val)
             trainer.fit()
-            _export(trainer, tokenizer, out)
+            with trainer.beat.slow():
+                _export(trainer, tokenizer, out)
     finally:
         parallel.stop()
     return out
