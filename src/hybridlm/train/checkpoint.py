@@ -86,7 +86,7 @@ class Checkpoints:
              wait: bool = False) -> None:
         """Save the state after `step`; with `wait`, return once it is on the disk.
 
-        state: plain data, except that "tensors" may hold a dict of small tensors that are the same on every rank.
+        state: plain data that goes with it.
 
         A save that failed is told and tried again at the next one; the second failure in a row, or one that is waited
         for, raises `CheckpointError`. Raises `ReplicaError` when replicas no longer hold the same bits.
@@ -96,9 +96,8 @@ class Checkpoints:
         self._settle(last=False)
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
         self._replicas.check(tensors, f"checkpoint of step {step}")
-        self._copy(tensors | {f"state.{n}": t for n, t in state.get("tensors", {}).items()})
-        state = {k: v for k, v in state.items() if k != "tensors"}
-        self._pending = self._writer.submit(self._write, step, state, time.monotonic())
+        self._copy(tensors)
+        self._pending = self._writer.submit(self._write, step, dict(state), time.monotonic())
         if wait:
             self.finish()
         self._tell("checkpoint_stall", step=step, seconds=round(time.monotonic() - began, 4))
@@ -187,10 +186,11 @@ class Checkpoints:
 
     # -- loading -------------------------------------------------------------------------------------------------
 
-    def load_newest(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], warn: Callable[[str], None]) \
-            -> dict[str, Any] | None:
+    def load_newest(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], warn: Callable[[str], None],
+                    check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any] | None:
         """Fill model and optimiser from the newest whole checkpoint; its `state`, or None when there is none at all.
 
+        `check` sees the state before anything is filled, and may refuse it by raising.
         Damaged ones are told to `warn` (by the first rank) and left in place. Raises `DataError` when all are damaged.
         """
         found = self._gather([str(p) for p in find(self.folder)] if self.rank == 0 else [])[0]
@@ -202,13 +202,15 @@ class Checkpoints:
                     warn(f"{path}: {faults[0]}; falling back to the checkpoint before it")
                 continue
             state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return {**state, "tensors": self._fill(path, model, optimizer)}
+            if check:
+                check(state)
+            self._fill(path, model, optimizer)
+            return state
         if found:
             raise DataError(f"{self.folder}: all {len(found)} checkpoints are damaged; delete the folder to start over")
         return None
 
-    def _fill(self, path: Path, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> dict[str, Tensor]:
-        """Load one checkpoint in place; what was saved as `state["tensors"]`."""
+    def _fill(self, path: Path, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> None:
         reader = dcp.FileSystemReader(path)
         stored = reader.read_metadata().state_dict_metadata
         target = model_tensors(model)
@@ -219,9 +221,6 @@ class Checkpoints:
         states = [room_for(o, model, stored) for o in optimizers(optimizer)]
         for named in states:
             target |= {f"optimizer.{n}.{k}": t for n, entries in named.items() for k, t in entries.items()}
-        extra = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in stored.items()
-                 if n.startswith("state.") and isinstance(m, TensorStorageMetadata)}
-        target |= extra
         with torch.no_grad():
             dcp.load(target, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         names = {id(p): n for n, p in parameters(model)}
@@ -229,7 +228,6 @@ class Checkpoints:
             order = [names[id(p)] for group in one.param_groups for p in group["params"]]
             one.load_state_dict({"state": {i: named[n] for i, n in enumerate(order) if n in named},
                                  "param_groups": one.state_dict()["param_groups"]})
-        return {n.removeprefix("state."): t for n, t in extra.items()}
 
     # -- the ranks together --------------------------------------------------------------------------------------
 
