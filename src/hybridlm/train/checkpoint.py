@@ -187,7 +187,7 @@ class Checkpoints:
     # -- loading -------------------------------------------------------------------------------------------------
 
     def load_newest(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], warn: Callable[[str], None],
-                    check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any] | None:
+                    check: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any] | None:
         """Fill model and optimiser from the newest whole checkpoint; its `state`, or None when there is none at all.
 
         `check` sees the state before anything is filled, and may refuse it by raising.
@@ -202,8 +202,7 @@ class Checkpoints:
                     warn(f"{path}: {faults[0]}; falling back to the checkpoint before it")
                 continue
             state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if check:
-                check(state)
+            check(state)
             self._fill(path, model, optimizer)
             return state
         if found:

@@ -1,13 +1,14 @@
 """Faults on purpose: what a run must survive, at random moments, from a seeded plan.
 
 The launcher injects what comes from outside a rank (a process killed or frozen, a whole agent lost, SIGTERM, a damaged
-file) and leaves an order for a rank to do to itself what comes from within (a batch that gives no number, a flipped
-bit of a parameter, a disk that is full while a checkpoint is written). Each is told as the event `fault`. A plan is a
-file of JSON, so that a run that was ended by SIGTERM goes on with it:
+file) and leaves an order for a rank to do to itself what comes from within (a flipped bit of a parameter, a disk that
+is full while a checkpoint is written). Each is told as the event `fault`. A plan is a file of JSON, so that a run that
+was ended by SIGTERM goes on with it:
 
     {"began": 1700000000.0, "faults": [{"at": 31.5, "kind": "kill", "pick": 0.37, "done": false}, ...]}
 
-`at` counts seconds from `began`, which the launcher sets at the first step; `pick`, 0 to 1, chooses whom it hits.
+`at` counts seconds from `began`, which the launcher sets at the first step; `pick`, 0 to 1, chooses whom it hits. A
+batch that gives no number belongs to a step rather than to a moment, as bad data does: HYBRIDLM_BAD_BATCHES="40,97".
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,12 +32,13 @@ from hybridlm.atomic import write_file
 from hybridlm.train.events import Events
 from hybridlm.train.watchdog import FOLDER, Watch
 
-__all__ = ["KILLING", "KINDS", "Fault", "Injector", "Orders", "make_plan", "read_plan", "write_plan"]
+__all__ = ["BAD_BATCHES", "KILLING", "KINDS", "Fault", "Injector", "Orders", "make_plan", "read_plan", "write_plan"]
 
 KILLING = ("kill", "freeze", "agent")  # a process is lost, or as good as
 OUTSIDE = (*KILLING, "sigterm", "damage")
-WITHIN = ("nan", "flip", "full")
+WITHIN = ("flip", "full")
 KINDS = (*OUTSIDE, *WITHIN)
+BAD_BATCHES = "HYBRIDLM_BAD_BATCHES"
 
 
 @dataclass
@@ -131,37 +133,39 @@ def damage_newest(folder: Path, pick: float) -> Path | None:
 class Orders:
     """A rank's part: the trainer calls `at` at its hook points, where an order from the launcher is carried out.
 
-    Phases: "step", before a step. `save` is what `Checkpoints` calls while it writes.
+    Phases: "step", before the step after `step`; "save", on the thread that writes a checkpoint.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, folder: Path, events: Events, rank: int, bad_batches: Collection[int]) -> None:
+        self.model, self.events, self.rank, self.bad_batches = model, events, rank, bad_batches
         self.path = folder / f"order-{os.getpid()}"
         self._full = False
 
     @classmethod
-    def from_environment(cls, model: nn.Module) -> Orders | None:
-        """None without a launcher, that is in every run that nobody tests."""
+    def from_environment(cls, model: nn.Module, events: Events) -> Orders | None:
+        """None without a launcher."""
         folder = os.environ.get(FOLDER)
-        return cls(model, Path(folder)) if folder else None
+        bad = [int(s) for s in os.environ.get(BAD_BATCHES, "").split(",") if s]
+        return cls(model, Path(folder), events, int(os.environ.get("RANK", "0")), bad) if folder else None
 
-    def at(self, step: int, phase: str) -> None:
-        if phase != "step" or not self.path.exists():
+    def at(self, step: int, phase: str, **more: Any) -> None:
+        if phase == "save" and self._full:
+            self._full = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if phase != "step":
+            return
+        if step in self.bad_batches and self.rank == 0:
+            if step >= self.events.furthest:
+                self.events.write("fault", what="nan", rank=0, step=step)
+            self._no_number()
+        if not self.path.exists():
             return
         kind, _, pick = self.path.read_text().partition(" ")
         self.path.unlink()
-        if kind == "nan":
-            self._no_number()
-        elif kind == "flip":
+        if kind == "flip":
             self._flip(float(pick))
         elif kind == "full":
             self._full = True
-
-    def save(self, step: int, folder: Path) -> None:
-        """The disk is full, once."""
-        full, self._full = self._full, False
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
     def _no_number(self) -> None:
         """The next batch's embeddings are no numbers, on this rank."""

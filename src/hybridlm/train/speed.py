@@ -28,9 +28,10 @@ from hybridlm.config import LINEAR, HybridConfig
 from hybridlm.data import TokenStream
 from hybridlm.errors import HybridLMError
 from hybridlm.model import HybridLM
+from hybridlm.train.place import pick_device
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
-from hybridlm.train.trainer import Trainer, pick_device
+from hybridlm.train.trainer import Trainer
 
 __all__ = ["Speed", "Stopwatch", "flops_per_token", "sweep"]
 
