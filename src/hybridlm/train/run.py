@@ -67,7 +67,8 @@ def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
         raise ConfigError(f"out: {out} cannot be made ({error.strerror})") from None
     parallel = Parallel.start(layout_of(recipe), pick_device(recipe.device), timeout=recipe.timeout)
     events, beat = Events(out, parallel.rank), Beat.from_environment()
-    events.write("start", world=parallel.world)
+    gpu = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else ""
+    events.write("start", world=parallel.world, device=gpu or parallel.device.type)
     try:
         with _alone(out) if parallel.is_main else nullcontext():
             if parallel.is_main:  # the others find the tokens that the first rank has made
