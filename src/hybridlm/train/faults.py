@@ -35,9 +35,9 @@ from hybridlm.train.watchdog import FOLDER, Watch
 __all__ = ["BAD_BATCHES", "KILLING", "KINDS", "Fault", "Injector", "Orders", "make_plan", "read_plan", "write_plan"]
 
 KILLING = ("kill", "freeze", "agent")  # a process is lost, or as good as
-OUTSIDE = (*KILLING, "sigterm", "damage")
 WITHIN = ("flip", "full")
-KINDS = (*OUTSIDE, *WITHIN)
+# Kinds by how often, of 20: 65% are processes lost.
+KINDS = {"kill": 5, "freeze": 4, "agent": 4, "damage": 2, "nan": 2, "sigterm": 1, "flip": 1, "full": 1}
 BAD_BATCHES = "HYBRIDLM_BAD_BATCHES"
 
 
@@ -51,15 +51,17 @@ class Fault:
     done: bool = False
 
 
-def make_plan(seed: int, *, seconds: float, every: float, kinds: Mapping[str, float] | Sequence[str] = KINDS) \
-        -> list[Fault]:
-    """About one fault every `every` seconds, of a random kind (by weight, where `kinds` gives one)."""
+def make_plan(seed: int, *, seconds: float, every: float, kinds: Mapping[str, int] = KINDS) -> list[Fault]:
+    """About one fault every `every` seconds; kinds are drawn from a shuffled deck that holds each as often as told."""
     rng = random.Random(seed)
-    weights = dict(kinds) if isinstance(kinds, Mapping) else dict.fromkeys(kinds, 1.0)
-    faults, at = [], every * rng.uniform(0.3, 0.7)
+    faults: list[Fault] = []
+    deck: list[str] = []
+    at = every * rng.uniform(0.3, 0.7)
     while at < seconds:
-        kind = rng.choices(list(weights), list(weights.values()))[0]
-        faults.append(Fault(round(at, 2), kind, round(rng.random(), 4)))
+        if not deck:
+            deck = [kind for kind, count in kinds.items() for _ in range(count)]
+            rng.shuffle(deck)
+        faults.append(Fault(round(at, 2), deck.pop(), round(rng.random(), 4)))
         at += every * rng.uniform(0.75, 1.25)
     return faults
 
@@ -95,8 +97,9 @@ class Injector:
             fault.done = True
             write_plan(self.plan, self.faults, self.began)
             victim = ranks[int(fault.pick * len(ranks))]
-            self.events.write("fault", what=fault.kind, rank=victim.rank, at=fault.at, late=round(
-                time.time() - self.began - fault.at, 2))
+            damaged = damage_newest(self.out / "checkpoints", fault.pick) if fault.kind == "damage" else None
+            self.events.write("fault", what=fault.kind, rank=victim.rank, at=fault.at,
+                              **({"path": damaged.parent.name} if damaged else {}))
             self._inject(fault, victim.pid, agents)
 
     def _inject(self, fault: Fault, victim: int, agents: Mapping[int, int]) -> None:
@@ -108,10 +111,7 @@ class Injector:
                 os.killpg(sorted(agents)[int(fault.pick * len(agents))], signal.SIGKILL)
             elif fault.kind == "sigterm":
                 os.kill(os.getpid(), signal.SIGTERM)
-            elif fault.kind == "damage":  # told only by the checksum, once it is needed: so a rank dies as well
-                damage_newest(self.out / "checkpoints", fault.pick)
-                os.kill(victim, signal.SIGKILL)
-            else:
+            else:  # a damaged file shows only once it is needed: so a rank dies as well
                 os.kill(victim, signal.SIGSTOP if fault.kind == "freeze" else signal.SIGKILL)
 
 
