@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hybridlm.atomic import write_file
 from hybridlm.train.events import Events
@@ -168,14 +168,14 @@ class Orders:
             self._full = True
 
     def _no_number(self) -> None:
-        """The next batch's embeddings are no numbers, on this rank."""
-        table = next(m for m in self.model.modules() if isinstance(m, nn.Embedding))
+        """What the first layer of the next batch reads is no number, on this rank."""
+        layer = next(m for m in self.model.modules() if isinstance(m, nn.ModuleList))[0]
 
-        def poison(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        def poison(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             handle.remove()
-            return output * float("nan")
+            return inputs[0] * float("nan"), *inputs[1:]
 
-        handle = table.register_forward_hook(poison)
+        handle = layer.register_forward_pre_hook(poison)
 
     @torch.no_grad()
     def _flip(self, pick: float) -> None:
