@@ -24,39 +24,17 @@ from statistics import median
 import numpy as np
 import torch
 
-from hybridlm.config import LINEAR, HybridConfig
 from hybridlm.data import TokenStream
 from hybridlm.errors import HybridLMError
 from hybridlm.model import HybridLM
+from hybridlm.plan import flops_per_token
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
 from hybridlm.train.trainer import Trainer, pick_device
 
-__all__ = ["Speed", "Stopwatch", "flops_per_token", "sweep"]
+__all__ = ["Speed", "Stopwatch", "sweep"]
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by a word of the device's name
-
-
-def flops_per_token(config: HybridConfig, sequence: int) -> float:
-    """FLOP that a token's forward and backward need, nothing recomputed counted.
-
-    6 x the weights of matrices, the head among them; 3 x the causal half of attention (2 products of 2 FLOP for each
-    width and key that is seen); 3 x the delta rule in its recurrent form (8 FLOP for each entry of the state).
-    """
-    d, ff = config.hidden_size, config.intermediate_size
-    keys, values = config.key_heads * config.key_dim, config.value_heads * config.value_dim
-    total = 6.0 * config.vocab_size * d
-    for i, kind in enumerate(config.layer_types):
-        total += 6 * 3 * d * ff
-        if kind == LINEAR:
-            total += 6 * d * (2 * keys + 3 * values + 2 * config.value_heads)
-            total += 3 * 8 * config.value_heads * config.key_dim * config.value_dim
-        else:
-            total += 6 * d * (2 * d + 2 * config.kv_heads * config.head_dim)
-            window = min(config.window_of(i) or sequence, sequence)
-            seen = window - window * (window - 1) / (2 * sequence)  # keys, the query itself among them, on average
-            total += 3 * 4 * d * seen
-    return total
 
 
 @dataclass(frozen=True)
@@ -75,8 +53,8 @@ class Speed:
 
     @property
     def flops(self) -> float:
-        """FLOP a second, as `flops_per_token` counts."""
-        return flops_per_token(self.recipe.model, self.recipe.sequence) * self.tokens_per_second
+        """FLOP a second, as `hybridlm.plan` counts: nothing recomputed."""
+        return flops_per_token(self.recipe.model, self.recipe.sequence).training * self.tokens_per_second
 
     @property
     def mfu(self) -> float | None:
