@@ -7,7 +7,7 @@
     python -m benchmarks.gpu_train_step --warm 1b,8192,16,4 &     # compile ahead, several at a time: only saves waiting
 
 Bfloat16 activations, float32 weights and moments, blocks compiled, random tokens. FLOP are those of
-`hybridlm.plan.flops_per_token`; nothing recomputed counts. `--json FILE` appends one object a line.
+`hybridlm.train.speed.flops_per_token`; nothing recomputed counts. `--json FILE` appends one object a line.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ import torch
 
 from hybridlm import HybridConfig
 from hybridlm.model import HybridLM
-from hybridlm.plan import flops_per_token
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
-from hybridlm.train.speed import Speed, Stopwatch
+from hybridlm.train.speed import Speed, Stopwatch, flops_per_token
 
 LENGTHS = (8192, 32_768, 65_536)
 LINES: list[dict[str, Any]] = []
@@ -255,7 +254,7 @@ def main() -> None:
         warm(name, *map(int, sizes))
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; 1b at 8k needs "
-          f"{flops_per_token(find('1b').model, 8192).training / 1e9:.2f} GFLOP a token", flush=True)
+          f"{flops_per_token(find('1b').model, 8192) / 1e9:.2f} GFLOP a token", flush=True)
     if o.fla_configs:
         few_configs(o.fla_configs)
     for what in o.what:

@@ -8,8 +8,8 @@ import pytest
 from tests.train.helpers import micro
 
 from hybridlm.errors import ConfigError
-from hybridlm.train.optimizer import learning_rate
 from hybridlm.train.recipes import RECIPES, find
+from hybridlm.train.schedule import learning_rate
 
 
 @pytest.mark.parametrize("name", RECIPES)

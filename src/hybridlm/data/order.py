@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hybridlm.data.repetition import repeats
 from hybridlm.data.tokens import TokenStream
 from hybridlm.errors import ConfigError
 
@@ -25,11 +26,19 @@ _ROUNDS = 6
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`inputs` and `targets` int64 [rows, sequence], targets one token on; `starts` bool, true at a document's eos."""
+    """`inputs` and `targets` int64 [rows, sequence], targets one token on; `starts` bool, true at a document's eos.
+
+    Targets of -1 are no part of the loss.
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
     starts: np.ndarray
+
+    @property
+    def counted(self) -> int:
+        """Targets that are part of the loss."""
+        return int((self.targets >= 0).sum())
 
     @property
     def documents(self) -> np.ndarray:
@@ -52,6 +61,7 @@ class BatchOrder:
     sequence: int
     batch: int
     seed: int
+    repetition: int = 0
 
     def __post_init__(self) -> None:
         if len(self.stream) < 2:
@@ -64,26 +74,46 @@ class BatchOrder:
 
     def window(self, sample: np.ndarray) -> np.ndarray:
         """First token of the windows of samples numbered through all epochs."""
-        epoch, index = np.divmod(np.asarray(sample, np.int64), self.windows)
-        first = np.empty_like(index)
+        epoch, index = self.shuffled(sample)
+        first = index * self.sequence
         for e in np.unique(epoch):
-            mine = epoch == e
-            offset = int(_mix(np.uint64(_key(self.seed, int(e), 0)))) % self.sequence
-            first[mine] = permute(index[mine], self.windows, _key(self.seed, int(e), 1)) * self.sequence + offset
+            first[epoch == e] += int(_mix(np.uint64(_key(self.seed, int(e), 0)))) % self.sequence
         return first % len(self.stream)
 
-    def rows(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """First tokens of the windows that one process takes at a step."""
+    def shuffled(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, number of the window within it) of samples numbered through all epochs."""
+        epoch, index = np.divmod(np.asarray(sample, np.int64), self.windows)
+        out = np.empty_like(index)
+        for e in np.unique(epoch):
+            mine = epoch == e
+            out[mine] = permute(index[mine], self.windows, _key(self.seed, int(e), 1))
+        return epoch, out
+
+    def samples(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """The numbers of the samples that one process takes at a step."""
         if self.batch % world:
             raise ConfigError(f"batch: {self.batch} sequences do not divide among {world} processes")
         part = self.batch // world
-        return self.window(np.arange(part, dtype=np.int64) + (step * self.batch + rank * part))
+        return np.arange(part, dtype=np.int64) + (step * self.batch + rank * part)
+
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """First tokens of the windows that one process takes at a step."""
+        return self.window(self.samples(step, rank, world))
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The batch of a step."""
         rows, size = self.rows(step, rank, world), self.sequence
         tokens = np.stack([self.stream.read_round(int(r), size + 1) for r in rows])
-        return Batch(tokens[:, :-1], tokens[:, 1:], np.stack([self._starts(int(r)) for r in rows]))
+        return self.without_repeats(
+            Batch(tokens[:, :-1], tokens[:, 1:], np.stack([self._starts(int(r)) for r in rows])))
+
+    def without_repeats(self, batch: Batch) -> Batch:
+        """The batch with the rows that only repeat themselves taken out of the loss."""
+        bad = [self.repetition > 1 and repeats(row, self.repetition) for row in batch.inputs]
+        if not any(bad):
+            return batch
+        targets = np.where(np.array(bad)[:, None], -1, batch.targets)
+        return Batch(batch.inputs, targets, batch.starts)
 
     def _starts(self, first: int) -> np.ndarray:
         """Where documents begin in the window."""

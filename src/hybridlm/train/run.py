@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -33,12 +33,19 @@ from hybridlm.data import Source, TokenFolder, TokenStream, tokenize
 from hybridlm.data.shards import held_out
 from hybridlm.data.tokens import MANIFEST
 from hybridlm.errors import ConfigError, DataError
-from hybridlm.model import HybridLM
 from hybridlm.text import Tokenizer, train_bpe
+from hybridlm.train.checkpoint import read_weights
+from hybridlm.train.events import Events
+from hybridlm.train.faults import Orders
+from hybridlm.train.parallel import Parallel
+from hybridlm.train.place import layout_of, pick_device
 from hybridlm.train.recipe import Recipe
-from hybridlm.train.recipes import find
+from hybridlm.train.recipes import find, stages_of
+from hybridlm.train.stages import run_stages
+from hybridlm.train.start import start_shape, starting_model, whole_model
 from hybridlm.train.trainer import Trainer
 from hybridlm.train.validate import Bits
+from hybridlm.train.watchdog import Beat
 
 __all__ = ["run"]
 
@@ -46,10 +53,16 @@ _BPE_CHARACTERS = 1 << 28  # a tokenizer is trained on at most so much of the te
 
 
 def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
-    """Train recipe `name` with settings replaced, to its end; returns the folder of the run.
+    """Train recipe `name` with settings replaced, to its end; returns the folder of the run, of stages the last's.
 
     Raises a `HybridLMError` for what the user can mend. Ctrl-C and SIGTERM save a checkpoint first.
     """
+    stages = stages_of(name)
+    return run_stages(stages, overrides or {}, _train) if stages else _train(name, overrides)
+
+
+def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
+    """One recipe."""
     began = time.monotonic()
     recipe = find(name).override(overrides or {}).ready()
     if recipe.threads:
@@ -59,17 +72,36 @@ def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out: {out} cannot be made ({error.strerror})") from None
-    with _alone(out):
-        tokenizer, train, val, content = _tokens(recipe, out)
-        recipe = replace(recipe, model=_shape(recipe, tokenizer))
-        write_file(out / "recipe.json", json.dumps({**recipe.to_dict(), "recipe": recipe.name, "versions": {
-            "hybridlm": hybridlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        }, indent=1).encode())
-        trainer = Trainer(recipe, _model(recipe), train, val, out, data=content, began=began)
-        _tell(recipe, trainer, train, val)
-        trainer.fit()
-        _export(trainer, tokenizer, out)
+    parallel = Parallel.start(layout_of(recipe), pick_device(recipe.device), timeout=recipe.timeout)
+    try:
+        with _alone(out) if parallel.is_main else nullcontext():
+            if parallel.is_main:  # the others find the tokens that the first rank has made
+                _tokens(recipe, out)
+            parallel.barrier()
+            tokenizer, train, val, content = _tokens(recipe, out)
+            recipe = replace(recipe, model=start_shape(recipe, tokenizer))
+            if parallel.is_main:
+                _write_recipe(recipe, len(train), out)
+            model = starting_model(recipe)
+            trainer = Trainer(recipe, model, train, val, out, data=content, began=began, parallel=parallel,
+                              events=Events(out, parallel.rank), beat=Beat.from_environment(),
+                              faults=Orders.from_environment(model))
+            if parallel.is_main:
+                _tell(recipe, trainer, train, val)
+            trainer.fit()
+            with trainer.beat.slow():
+                _export(trainer, tokenizer, out)
+    finally:
+        parallel.stop()
     return out
+
+
+def _write_recipe(recipe: Recipe, tokens: int, out: Path) -> None:
+    """OUT/recipe.json: what was asked for, with which versions, on how much text."""
+    write_file(out / "recipe.json", json.dumps({
+        **recipe.to_dict(), "recipe": recipe.name, "unique_tokens": tokens,
+        "versions": {"hybridlm": hybridlm.__version__, "torch": torch.__version__,
+                     "python": platform.python_version()}}, indent=1).encode())
 
 
 def _tokens(recipe: Recipe, out: Path) -> tuple[Tokenizer, TokenStream, TokenStream, str]:
@@ -128,25 +160,6 @@ def _sample(source: Source, fraction: float) -> Iterator[str]:
     return (text for text in islice(texts, 0, None, every) if not is_held_out(text))
 
 
-def _shape(recipe: Recipe, tokenizer: Tokenizer) -> hybridlm.HybridConfig:
-    """The recipe's model with the tokenizer's vocabulary, its table rounded up to 128 rows."""
-    rows = -(-tokenizer.vocab_size // 128) * 128
-    return recipe.model.with_(vocab_size=rows, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad)
-
-
-def _model(recipe: Recipe) -> HybridLM:
-    torch.manual_seed(recipe.seed)
-    if recipe.init:
-        model = HybridLM.from_pretrained(recipe.init, dtype=torch.float32)
-        if model.config.vocab_size < recipe.model.vocab_size:
-            raise ConfigError(f"init: {recipe.init} has a table of {model.config.vocab_size} tokens, the tokenizer "
-                              f"needs {recipe.model.vocab_size}; give tokenizer={recipe.init}")
-        return model
-    model = HybridLM(recipe.model)
-    model.init_weights(recipe.seed)
-    return model
-
-
 def _tell(recipe: Recipe, trainer: Trainer, train: TokenStream, val: TokenStream) -> None:
     model = recipe.model
     length = f"{recipe.seconds:g} s" if recipe.seconds else f"{recipe.steps:,} steps"
@@ -161,11 +174,15 @@ def _tell(recipe: Recipe, trainer: Trainer, train: TokenStream, val: TokenStream
 
 
 def _export(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
-    """OUT/hf, whole or as it was, and OUT/result.json."""
+    """OUT/hf, whole or as it was, and OUT/result.json; all ranks validate, the first writes."""
+    bits: dict[str, Bits] = trainer.validate() if len(trainer.val) else {}
+    if not trainer.parallel.is_main:
+        return
     aside, folder = out / ".hf.tmp", out / "hf"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        trainer.model.save_pretrained(aside, dtype=getattr(torch, trainer.recipe.export_dtype))
+        model = trainer.model if trainer.parallel.world == 1 else whole_model(trainer.recipe.model, read_weights(out))
+        model.save_pretrained(aside, dtype=getattr(torch, trainer.recipe.export_dtype))
         tokenizer.save(aside)
         flush_files(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -175,7 +192,6 @@ def _export(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         raise DataError(f"{folder}: cannot be written ({error.strerror}); the checkpoints are untouched, "
                         "make room and run the same command again") from None
-    bits: dict[str, Bits] = trainer.validate() if len(trainer.val) else {}
     result = {"steps": trainer.step, "tokens": trainer.step * trainer.recipe.tokens_per_step,
               "seconds": round(trainer.elapsed(), 1),
               "val_bits_per_byte": {label: round(b.per_byte, 5) for label, b in bits.items()},

@@ -24,17 +24,24 @@ from statistics import median
 import numpy as np
 import torch
 
+from hybridlm.config import HybridConfig
 from hybridlm.data import TokenStream
 from hybridlm.errors import HybridLMError
 from hybridlm.model import HybridLM
-from hybridlm.plan import flops_per_token
+from hybridlm.plan import flops_per_token as count_flops
+from hybridlm.train.place import pick_device
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
-from hybridlm.train.trainer import Trainer, pick_device
+from hybridlm.train.trainer import Trainer
 
-__all__ = ["Speed", "Stopwatch", "sweep"]
+__all__ = ["Speed", "Stopwatch", "flops_per_token", "sweep"]
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by a word of the device's name
+
+
+def flops_per_token(config: HybridConfig, sequence: int) -> float:
+    """FLOP that a token's forward and backward need, as `hybridlm.plan` counts: nothing recomputed."""
+    return count_flops(config, sequence).training
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Speed:
     @property
     def flops(self) -> float:
         """FLOP a second, as `hybridlm.plan` counts: nothing recomputed."""
-        return flops_per_token(self.recipe.model, self.recipe.sequence).training * self.tokens_per_second
+        return flops_per_token(self.recipe.model, self.recipe.sequence) * self.tokens_per_second
 
     @property
     def mfu(self) -> float | None:

@@ -33,11 +33,14 @@ class Bits:
 
 
 def validate(hidden: Callable[[Tensor], Tensor], weight: Tensor, stream: TokenStream, *, sequence: int, rows: int,
-             limit: int = 0) -> dict[str, Bits]:
+             limit: int = 0, rank: int = 0, world: int = 1,
+             together: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Bits]:
     """Bits and bytes by label, and under "all" together.
 
     Args:
         hidden: token ids [b, t] -> hidden states [b, t, D].
+        rank, world: this process takes every `world`-th batch; all run the model equally often.
+        together: the sum of a tensor over all processes.
         limit: at most about so many tokens, of documents spread evenly over the stream; 0 means all.
     """
     every = max(1, math.ceil(len(stream) / limit)) if limit else 1
@@ -49,14 +52,20 @@ def validate(hidden: Callable[[Tensor], Tensor], weight: Tensor, stream: TokenSt
             continue
         by_label[label].nbytes += size
         windows += [(tokens[at:at + sequence + 1], label) for at in range(0, len(tokens) - 1, sequence)]
-    for group, ids, lengths in _padded(windows, rows):
+    batches = list(_padded(windows, rows))
+    nats_of = torch.zeros(len(labels), dtype=torch.float64)
+    for at in range(0, len(batches), world):
+        mine = at + rank < len(batches)
+        group, ids, lengths = batches[at + rank if mine else at]
         inputs = torch.from_numpy(ids[:, :-1]).to(weight.device)
         targets = torch.from_numpy(ids[:, 1:]).to(weight.device)
         states = hidden(inputs)
         losses = token_losses(states.reshape(-1, states.shape[-1]), weight, targets.reshape(-1))
         nats = losses.view(targets.shape).double().cpu().numpy()
-        for row, (_, label) in enumerate(group):
-            by_label[label].bits += float(nats[row, :lengths[row]].sum()) / math.log(2)
+        for row, (_, label) in enumerate(group if mine else []):
+            nats_of[labels.index(label)] += float(nats[row, :lengths[row]].sum())
+    for label, amount in zip(labels, together(nats_of.to(weight.device)).tolist(), strict=True):
+        by_label[label].bits = amount / math.log(2)
     total = Bits(sum(b.bits for b in by_label.values()), sum(b.nbytes for b in by_label.values()))
     return {"all": total, **{label: b for label, b in by_label.items() if label and b.nbytes}}
 

@@ -1,0 +1,183 @@
+"""Faults on purpose: what a run must survive, at random moments, from a seeded plan.
+
+The launcher injects what comes from outside a rank (a process killed or frozen, a whole agent lost, SIGTERM, a damaged
+file) and leaves an order for a rank to do to itself what comes from within (a batch that gives no number, a flipped
+bit of a parameter, a disk that is full while a checkpoint is written). Each is told as the event `fault`. A plan is a
+file of JSON, so that a run that was ended by SIGTERM goes on with it:
+
+    {"began": 1700000000.0, "faults": [{"at": 31.5, "kind": "kill", "pick": 0.37, "done": false}, ...]}
+
+`at` counts seconds from `began`, which the launcher sets at the first step; `pick`, 0 to 1, chooses whom it hits.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.atomic import write_file
+from hybridlm.train.events import Events
+from hybridlm.train.watchdog import FOLDER, Watch
+
+__all__ = ["KILLING", "KINDS", "Fault", "Injector", "Orders", "make_plan", "read_plan", "write_plan"]
+
+KILLING = ("kill", "freeze", "agent")  # a process is lost, or as good as
+OUTSIDE = (*KILLING, "sigterm", "damage")
+WITHIN = ("nan", "flip", "full")
+KINDS = (*OUTSIDE, *WITHIN)
+
+
+@dataclass
+class Fault:
+    """One fault; `at` in seconds from the plan's begin."""
+
+    at: float
+    kind: str
+    pick: float
+    done: bool = False
+
+
+def make_plan(seed: int, *, seconds: float, every: float, kinds: Mapping[str, float] | Sequence[str] = KINDS) \
+        -> list[Fault]:
+    """About one fault every `every` seconds, of a random kind (by weight, where `kinds` gives one)."""
+    rng = random.Random(seed)
+    weights = dict(kinds) if isinstance(kinds, Mapping) else dict.fromkeys(kinds, 1.0)
+    faults, at = [], every * rng.uniform(0.3, 0.7)
+    while at < seconds:
+        kind = rng.choices(list(weights), list(weights.values()))[0]
+        faults.append(Fault(round(at, 2), kind, round(rng.random(), 4)))
+        at += every * rng.uniform(0.75, 1.25)
+    return faults
+
+
+def write_plan(path: Path, faults: Sequence[Fault], began: float = 0.0) -> None:
+    write_file(path, json.dumps({"began": began, "faults": [asdict(f) for f in faults]}, indent=1).encode())
+
+
+def read_plan(path: Path) -> tuple[float, list[Fault]]:
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    return plan["began"], [Fault(**f) for f in plan["faults"]]
+
+
+class Injector:
+    """The launcher's part; `look` is called all the time and does what is due."""
+
+    def __init__(self, plan: Path, out: Path, beats: Path, events: Events) -> None:
+        self.plan, self.out, self.watch, self.events = plan, out, Watch(beats), events
+        self.began, self.faults = read_plan(plan)
+
+    def look(self, agents: Mapping[int, int]) -> None:
+        ranks = sorted((p for p in self.watch.pulses() if p.rank >= 0), key=lambda p: p.rank)
+        if not self.began and any(p.step >= 0 for p in ranks):
+            self.began = time.time()
+            write_plan(self.plan, self.faults, self.began)
+        if not self.began:
+            return
+        for fault in self.faults:
+            if fault.done or time.time() < self.began + fault.at:
+                continue
+            if not ranks or (fault.kind != "agent" and any(p.step < 0 for p in ranks)):
+                return  # between two starts: as soon as there is someone to hit
+            fault.done = True
+            write_plan(self.plan, self.faults, self.began)
+            victim = ranks[int(fault.pick * len(ranks))]
+            self.events.write("fault", what=fault.kind, rank=victim.rank, at=fault.at, late=round(
+                time.time() - self.began - fault.at, 2))
+            self._inject(fault, victim.pid, agents)
+
+    def _inject(self, fault: Fault, victim: int, agents: Mapping[int, int]) -> None:
+        if fault.kind in WITHIN:
+            (self.watch.folder / f"order-{victim}").write_text(f"{fault.kind} {fault.pick}")
+            return
+        with suppress(ProcessLookupError):
+            if fault.kind == "agent":
+                os.killpg(sorted(agents)[int(fault.pick * len(agents))], signal.SIGKILL)
+            elif fault.kind == "sigterm":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif fault.kind == "damage":  # told only by the checksum, once it is needed: so a rank dies as well
+                damage_newest(self.out / "checkpoints", fault.pick)
+                os.kill(victim, signal.SIGKILL)
+            else:
+                os.kill(victim, signal.SIGSTOP if fault.kind == "freeze" else signal.SIGKILL)
+
+
+def damage_newest(folder: Path, pick: float) -> Path | None:
+    """Flip a bit in a shard of the newest checkpoint; the file."""
+    found = sorted(p for p in folder.glob("step-*") if p.is_dir())
+    shards = sorted(found[-1].glob("*.distcp")) if found else []
+    if not shards:
+        return None
+    file = shards[int(pick * len(shards))]
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        byte = stream.read(1)
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte[0] ^ 16]))
+    return file
+
+
+class Orders:
+    """A rank's part: the trainer calls `at` at its hook points, where an order from the launcher is carried out.
+
+    Phases: "step", before a step. `save` is what `Checkpoints` calls while it writes.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        self.model = model
+        self.path = folder / f"order-{os.getpid()}"
+        self._full = False
+
+    @classmethod
+    def from_environment(cls, model: nn.Module) -> Orders | None:
+        """None without a launcher, that is in every run that nobody tests."""
+        folder = os.environ.get(FOLDER)
+        return cls(model, Path(folder)) if folder else None
+
+    def at(self, step: int, phase: str) -> None:
+        if phase != "step" or not self.path.exists():
+            return
+        kind, _, pick = self.path.read_text().partition(" ")
+        self.path.unlink()
+        if kind == "nan":
+            self._no_number()
+        elif kind == "flip":
+            self._flip(float(pick))
+        elif kind == "full":
+            self._full = True
+
+    def save(self, step: int, folder: Path) -> None:
+        """The disk is full, once."""
+        full, self._full = self._full, False
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    def _no_number(self) -> None:
+        """The next batch's embeddings are no numbers, on this rank."""
+        table = next(m for m in self.model.modules() if isinstance(m, nn.Embedding))
+
+        def poison(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            handle.remove()
+            return output * float("nan")
+
+        handle = table.register_forward_hook(poison)
+
+    @torch.no_grad()
+    def _flip(self, pick: float) -> None:
+        """One bit of one weight, on this rank."""
+        parameters = sorted(self.model.named_parameters())
+        parameter = parameters[int(pick * len(parameters))][1].detach()
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        whole = local.view(-1)[:1].view(torch.int32)
+        whole ^= 1 << 21
