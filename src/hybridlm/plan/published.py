@@ -91,8 +91,8 @@ def _explained(p: Published, ours: Plan, theirs: Plan, implied: float) -> list[s
         f"Active share: at Llama 3's rate of failures the run would lose {1 - theirs.outcome.goodput:.2%}, not "
         f"{1 - p.active:.0%}. {1 - p.active:.0%} of {p.days} days are {(1 - p.active) * wall / 3600:.1f} hours. With a "
         f"median recovery of {p.recovery_s / 60:.0f} min and up to {p.save_every} steps done again that takes "
-        f"{rate:.0f} failures ({narrow:.0f} for the {p.active_without_troubleshooting:.0%} without troubleshooting), so "
-        "most of the lost time was something else than recovering from failures at a usual rate.",
+        f"{rate:.0f} failures ({narrow:.0f} for the {p.active_without_troubleshooting:.0%} without troubleshooting), "
+        "so most of the lost time was something else than recovering from failures at a usual rate.",
         f"Whether {p.days} days are wall time or active time is not said (about 7 days are named as well). The speeds "
         f"are averages over them; if {1 - p.active:.0%} of them stood still, the active speed was as much higher.",
     ]
