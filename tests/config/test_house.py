@@ -26,7 +26,8 @@ MAY = {
     "evals": {"text", "data"},
     "server": {"text", "engine", "store"},
     "integrations": {"ops"},
-    "train": {"config", "text", "data", "ops", "model", "evals", "formats"},
+    "plan": {"config"},
+    "train": {"config", "plan", "text", "data", "ops", "model", "evals", "formats"},
     "scaling": {"config"},
     "report": {"config", "scaling"},
 }

@@ -92,6 +92,9 @@ class Recipe:
     export_dtype: str = "bfloat16"  # of OUT/hf
     tensorboard: bool = True
 
+    # logs
+    sinks: str = ""  # MODULE:FUNCTION or FILE.py:FUNCTION that makes one more receiver of records, see `sinks.py`
+
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:

@@ -134,8 +134,7 @@ class Trainer:
                                        disturb=self._disturb)
         with self.beat.slow():
             self.resume()
-        metrics = Metrics(self.out, self.step, total=0 if recipe.seconds else recipe.steps,
-                          tensorboard=recipe.tensorboard) if main else None
+        metrics = Metrics(self.out, self.step, recipe) if main else None
         reader = ThreadPoolExecutor(1)
         try:
             with asked_to_stop() as asked:
