@@ -27,6 +27,7 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     "Train": {
         "tokenizer": ("tokenizer", "Train a byte-level BPE on your own text, or look into one."),
         "train": ("train", "Train a model by a recipe: hybridlm train tiny data=PATH out=DIR."),
+        "doctor": ("doctor", "Check the machines before a run: GPUs, disk, clocks, sums across processes."),
     },
     "Convert and quantise": {
         "convert": ("convert", "Turn a Hugging Face folder or hub repository into one GGUF file."),
