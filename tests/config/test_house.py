@@ -27,7 +27,7 @@ MAY = {
     "server": {"text", "engine", "store"},
     "integrations": {"ops"},
     "plan": {"config"},
-    "train": {"config", "plan", "text", "data", "ops", "model", "evals", "formats"},
+    "train": {"config", "plan", "text", "data", "ops", "model", "evals", "formats", "store"},
     "scaling": {"config"},
     "report": {"config", "scaling"},
 }
