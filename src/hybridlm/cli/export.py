@@ -11,7 +11,7 @@ from hybridlm.cli._common import note, size
 
 
 def command(
-    source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder (its newest good checkpoint), "
+    source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run (its newest good checkpoint), "
                                            "one checkpoint of it, or a model folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR|FILE.gguf", help="A Hugging Face folder, or one GGUF "
                                       "file.")],
