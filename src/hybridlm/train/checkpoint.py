@@ -36,10 +36,10 @@ from torch.optim import Optimizer
 from hybridlm.atomic import flush_files, flush_folder, write_file
 from hybridlm.data.tokens import sha256_of
 from hybridlm.errors import DataError, HybridLMError
-from hybridlm.train.checksum import Replicas
+from hybridlm.train.checksum import ReplicaError, Replicas
 from hybridlm.train.state import local, model_tensors, optimizer_tensors, optimizers, parameters, pin, room_for, share
 
-__all__ = ["CheckpointError", "Checkpoints", "find", "read_weights"]
+__all__ = ["CheckpointError", "Checkpoints", "fault_of", "find", "read_weights"]
 
 MANIFEST = "manifest.json"
 
@@ -86,6 +86,8 @@ class Checkpoints:
              wait: bool = False) -> None:
         """Save the state after `step`; with `wait`, return once it is on the disk.
 
+        state: plain data that goes with it.
+
         A save that failed is told and tried again at the next one; the second failure in a row, or one that is waited
         for, raises `CheckpointError`. Raises `ReplicaError` when replicas no longer hold the same bits.
         """
@@ -93,7 +95,11 @@ class Checkpoints:
         self._tell("checkpoint_begin", step=step)
         self._settle(last=False)
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
-        self._replicas.check(tensors, f"checkpoint of step {step}")
+        try:
+            self._replicas.check(tensors, f"checkpoint of step {step}")
+        except ReplicaError as error:
+            self._tell("diverged", step=step, ranks=list(error.ranks))
+            raise
         self._copy(tensors)
         self._pending = self._writer.submit(self._write, step, dict(state), time.monotonic())
         if wait:
@@ -188,11 +194,12 @@ class Checkpoints:
                     check: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any] | None:
         """Fill model and optimiser from the newest whole checkpoint; its `state`, or None when there is none at all.
 
+        `check` sees the state before anything is filled, and may refuse it by raising.
         Damaged ones are told to `warn` (by the first rank) and left in place. Raises `DataError` when all are damaged.
         """
         found = self._gather([str(p) for p in find(self.folder)] if self.rank == 0 else [])[0]
         for path in map(Path, found):
-            faults = [f for f in self._gather(_fault(path, self.rank, self.world)) if f]
+            faults = [f for f in self._gather(fault_of(path, self.rank, self.world)) if f]
             if faults:
                 self._tell("checkpoint_damaged", path=path.name, error=faults[0])
                 if self.rank == 0:
@@ -270,7 +277,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: no checkpoint; give a run's folder or one of its checkpoints/step-*")
     faults = []
     for one in found:
-        fault = _fault(one, 0, 1)
+        fault = fault_of(one)
         if fault:
             faults.append(f"{one}: {fault}")
             continue
@@ -283,7 +290,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     raise DataError(faults[0])
 
 
-def _fault(path: Path, rank: int, world: int) -> str:
+def fault_of(path: Path, rank: int = 0, world: int = 1) -> str:
     """What is wrong with a checkpoint, or ""; the files' bytes are shared out over the ranks."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -313,7 +320,7 @@ def _step(path: Path) -> int:
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint so that a half-deleted one is never taken for one."""
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name}.old.tmp")
     path.rename(aside)
     shutil.rmtree(aside)
 

@@ -1,13 +1,14 @@
 """Faults on purpose: what a run must survive, at random moments, from a seeded plan.
 
 The launcher injects what comes from outside a rank (a process killed or frozen, a whole agent lost, SIGTERM, a damaged
-file) and leaves an order for a rank to do to itself what comes from within (a batch that gives no number, a flipped
-bit of a parameter, a disk that is full while a checkpoint is written). Each is told as the event `fault`. A plan is a
-file of JSON, so that a run that was ended by SIGTERM goes on with it:
+file) and leaves an order for a rank to do to itself what comes from within (a flipped bit of a parameter, a disk that
+is full while a checkpoint is written). Each is told as the event `fault`. A plan is a file of JSON, so that a run that
+was ended by SIGTERM goes on with it:
 
     {"began": 1700000000.0, "faults": [{"at": 31.5, "kind": "kill", "pick": 0.37, "done": false}, ...]}
 
-`at` counts seconds from `began`, which the launcher sets at the first step; `pick`, 0 to 1, chooses whom it hits.
+`at` counts seconds from `began`, which the launcher sets at the first step; `pick`, 0 to 1, chooses whom it hits. A
+batch that gives no number belongs to a step rather than to a moment, as bad data does: HYBRIDLM_BAD_BATCHES="40,97".
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hybridlm.atomic import write_file
 from hybridlm.train.events import Events
 from hybridlm.train.watchdog import FOLDER, Watch
 
-__all__ = ["KILLING", "KINDS", "Fault", "Injector", "Orders", "make_plan", "read_plan", "write_plan"]
+__all__ = ["BAD_BATCHES", "KILLING", "KINDS", "Fault", "Injector", "Orders", "make_plan", "read_plan", "write_plan"]
 
 KILLING = ("kill", "freeze", "agent")  # a process is lost, or as good as
-OUTSIDE = (*KILLING, "sigterm", "damage")
-WITHIN = ("nan", "flip", "full")
-KINDS = (*OUTSIDE, *WITHIN)
+WITHIN = ("flip", "full")
+# Kinds by how often, of 20: 65% are processes lost.
+KINDS = {"kill": 5, "freeze": 4, "agent": 4, "damage": 2, "nan": 2, "sigterm": 1, "flip": 1, "full": 1}
+BAD_BATCHES = "HYBRIDLM_BAD_BATCHES"
 
 
 @dataclass
@@ -49,15 +51,17 @@ class Fault:
     done: bool = False
 
 
-def make_plan(seed: int, *, seconds: float, every: float, kinds: Mapping[str, float] | Sequence[str] = KINDS) \
-        -> list[Fault]:
-    """About one fault every `every` seconds, of a random kind (by weight, where `kinds` gives one)."""
+def make_plan(seed: int, *, seconds: float, every: float, kinds: Mapping[str, int] = KINDS) -> list[Fault]:
+    """About one fault every `every` seconds; kinds are drawn from a shuffled deck that holds each as often as told."""
     rng = random.Random(seed)
-    weights = dict(kinds) if isinstance(kinds, Mapping) else dict.fromkeys(kinds, 1.0)
-    faults, at = [], every * rng.uniform(0.3, 0.7)
+    faults: list[Fault] = []
+    deck: list[str] = []
+    at = every * rng.uniform(0.3, 0.7)
     while at < seconds:
-        kind = rng.choices(list(weights), list(weights.values()))[0]
-        faults.append(Fault(round(at, 2), kind, round(rng.random(), 4)))
+        if not deck:
+            deck = [kind for kind, count in kinds.items() for _ in range(count)]
+            rng.shuffle(deck)
+        faults.append(Fault(round(at, 2), deck.pop(), round(rng.random(), 4)))
         at += every * rng.uniform(0.75, 1.25)
     return faults
 
@@ -93,8 +97,9 @@ class Injector:
             fault.done = True
             write_plan(self.plan, self.faults, self.began)
             victim = ranks[int(fault.pick * len(ranks))]
-            self.events.write("fault", what=fault.kind, rank=victim.rank, at=fault.at, late=round(
-                time.time() - self.began - fault.at, 2))
+            damaged = damage_newest(self.out / "checkpoints", fault.pick) if fault.kind == "damage" else None
+            self.events.write("fault", what=fault.kind, rank=victim.rank, at=fault.at,
+                              **({"path": damaged.parent.name} if damaged else {}))
             self._inject(fault, victim.pid, agents)
 
     def _inject(self, fault: Fault, victim: int, agents: Mapping[int, int]) -> None:
@@ -106,10 +111,7 @@ class Injector:
                 os.killpg(sorted(agents)[int(fault.pick * len(agents))], signal.SIGKILL)
             elif fault.kind == "sigterm":
                 os.kill(os.getpid(), signal.SIGTERM)
-            elif fault.kind == "damage":  # told only by the checksum, once it is needed: so a rank dies as well
-                damage_newest(self.out / "checkpoints", fault.pick)
-                os.kill(victim, signal.SIGKILL)
-            else:
+            else:  # a damaged file shows only once it is needed: so a rank dies as well
                 os.kill(victim, signal.SIGSTOP if fault.kind == "freeze" else signal.SIGKILL)
 
 
@@ -131,47 +133,49 @@ def damage_newest(folder: Path, pick: float) -> Path | None:
 class Orders:
     """A rank's part: the trainer calls `at` at its hook points, where an order from the launcher is carried out.
 
-    Phases: "step", before a step. `save` is what `Checkpoints` calls while it writes.
+    Phases: "step", before the step after `step`; "save", on the thread that writes a checkpoint.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, folder: Path, events: Events, rank: int, bad_batches: Collection[int]) -> None:
+        self.model, self.events, self.rank, self.bad_batches = model, events, rank, bad_batches
         self.path = folder / f"order-{os.getpid()}"
         self._full = False
 
     @classmethod
-    def from_environment(cls, model: nn.Module) -> Orders | None:
-        """None without a launcher, that is in every run that nobody tests."""
+    def from_environment(cls, model: nn.Module, events: Events) -> Orders | None:
+        """None without a launcher."""
         folder = os.environ.get(FOLDER)
-        return cls(model, Path(folder)) if folder else None
+        bad = [int(s) for s in os.environ.get(BAD_BATCHES, "").split(",") if s]
+        return cls(model, Path(folder), events, int(os.environ.get("RANK", "0")), bad) if folder else None
 
-    def at(self, step: int, phase: str) -> None:
-        if phase != "step" or not self.path.exists():
+    def at(self, step: int, phase: str, **more: Any) -> None:
+        if phase == "save" and self._full:
+            self._full = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if phase != "step":
+            return
+        if step in self.bad_batches and self.rank == 0:
+            if step >= self.events.furthest:
+                self.events.write("fault", what="nan", rank=0, step=step)
+            self._no_number()
+        if not self.path.exists():
             return
         kind, _, pick = self.path.read_text().partition(" ")
         self.path.unlink()
-        if kind == "nan":
-            self._no_number()
-        elif kind == "flip":
+        if kind == "flip":
             self._flip(float(pick))
         elif kind == "full":
             self._full = True
 
-    def save(self, step: int, folder: Path) -> None:
-        """The disk is full, once."""
-        full, self._full = self._full, False
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
     def _no_number(self) -> None:
-        """The next batch's embeddings are no numbers, on this rank."""
-        table = next(m for m in self.model.modules() if isinstance(m, nn.Embedding))
+        """What the first layer of the next batch reads is no number, on this rank."""
+        layer = next(m for m in self.model.modules() if isinstance(m, nn.ModuleList))[0]
 
-        def poison(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        def poison(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             handle.remove()
-            return output * float("nan")
+            return inputs[0] * float("nan"), *inputs[1:]
 
-        handle = table.register_forward_hook(poison)
+        handle = layer.register_forward_pre_hook(poison)
 
     @torch.no_grad()
     def _flip(self, pick: float) -> None:

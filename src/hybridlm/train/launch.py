@@ -42,6 +42,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from hybridlm.errors import ConfigError, HybridLMError
+from hybridlm.train.checksum import ReplicaError
 from hybridlm.train.events import Events
 from hybridlm.train.faults import Injector
 from hybridlm.train.run import run
@@ -204,6 +205,7 @@ class _Launcher:
             self.killed[pulse.pid] = time.monotonic()
             who = f"rank {pulse.rank}" if pulse.rank >= 0 else f"agent {self.agents.get(pulse.pid, '?')}"
             self.events.write("detected", what=f"{who}: {why}", pid=pulse.pid)
+            print(f"{who}: {why}; starting again", file=sys.stderr, flush=True)
             _kill(pulse.pid, signal.SIGKILL)
         step = max((p.step for p in self.watch.pulses()), default=-1)
         if step > self.furthest:
@@ -272,7 +274,8 @@ def _agent(how: Launch, address: str, recipe: str, changes: dict[str, str]) -> i
     Beat(os.environ[FOLDER], -1)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the first rank's, new each round: an agent's dies with it
     if not os.environ.get("HYBRIDLM_DEBUG"):
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     store = _connect(address)
     run_id = store.get("run").decode()
     parameters = RendezvousParameters(
@@ -312,23 +315,26 @@ def _rank(recipe: str, changes: dict[str, str]) -> None:
         code = 130
     except HybridLMError as error:
         why = str(error)
-        if type(error).__name__ == "ReplicaError":
+        if isinstance(error, ReplicaError):
             _again(store, rank, why)
     except BaseException as error:
-        if not _peer_lost(error):
-            import traceback
+        if _peer_lost(error):
+            _again(store, rank, "")
+        import traceback
 
-            traceback.print_exc()
-        _again(store, rank, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        traceback.print_exc()
+        _again(store, rank, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     store.compare_set("verdict", "", json.dumps({"code": code, "why": why}))
     if code not in (0, 130, 143):
         time.sleep(GRACE)  # the launcher ends everything; leaving earlier would be a reason to start again
 
 
 def _again(store: TCPStore, rank: int, why: str) -> None:
-    """End in a way that makes the agents start all ranks anew."""
-    print(f"rank {rank}: {why}; starting again", file=sys.stderr, flush=True)
-    store.set("error", f"rank {rank}: {why}")
+    """End in a way that makes the agents start all ranks anew; `why` is empty where another rank is the reason."""
+    if why:
+        print(f"rank {rank}: {why}; starting again", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):
+            store.set("error", f"rank {rank}: {why}")
     os._exit(1)  # threads may be waiting for ranks that are gone
 
 

@@ -73,6 +73,9 @@ def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
     except OSError as error:
         raise ConfigError(f"out: {out} cannot be made ({error.strerror})") from None
     parallel = Parallel.start(layout_of(recipe), pick_device(recipe.device), timeout=recipe.timeout)
+    events, beat = Events(out, parallel.rank), Beat.from_environment()
+    gpu = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else ""
+    events.write("start", world=parallel.world, device=gpu or parallel.device.type)
     try:
         with _alone(out) if parallel.is_main else nullcontext():
             given = recipe.init
@@ -87,12 +90,11 @@ def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
                 note_start(out, world=parallel.world, device=parallel.device)
             model = starting_model(recipe)
             trainer = Trainer(recipe, model, train, val, out, data=content, began=began, parallel=parallel,
-                              events=Events(out, parallel.rank), beat=Beat.from_environment(),
-                              faults=Orders.from_environment(model))
+                              events=events, beat=beat, faults=Orders.from_environment(model, events))
             if parallel.is_main:
                 _tell(recipe, trainer, train, val)
             trainer.fit()
-            with trainer.beat.slow():
+            with beat.slow():
                 _export(trainer, tokenizer, out)
     finally:
         parallel.stop()

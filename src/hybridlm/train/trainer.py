@@ -131,8 +131,7 @@ class Trainer:
         recipe, main = self.recipe, self.parallel.is_main
         self.checkpoints = Checkpoints(self.out / "checkpoints", self.parallel, keep=recipe.keep,
                                        permanent_every=recipe.permanent_every, tell=self._tell,
-                                       **{"disturb": self.faults.save} if self.faults else {})
-        self._tell("start", world=self.parallel.world)
+                                       disturb=self._disturb)
         with self.beat.slow():
             self.resume()
         metrics = Metrics(self.out, self.step, recipe) if main else None
@@ -211,6 +210,10 @@ class Trainer:
     def _tell(self, kind: str, **fields: Any) -> None:
         if self.events:
             self.events.write(kind, **fields)
+
+    def _disturb(self, step: int, folder: Path) -> None:
+        if self.faults:
+            self.faults.at(step, "save", folder=folder)
 
     # -- how far -------------------------------------------------------------------------------------------------
 

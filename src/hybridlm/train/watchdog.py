@@ -51,7 +51,7 @@ class Beat:
             _BEATS[pid] = cls(os.environ.get(FOLDER), int(os.environ.get("RANK", "0")))
         return _BEATS[pid]
 
-    def __call__(self, step: int) -> None:
+    def beat(self, step: int) -> None:
         """Training got on: `step` is done."""
         if self._map is None:
             return

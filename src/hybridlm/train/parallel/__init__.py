@@ -1,15 +1,18 @@
-"""One process: what training asks of its surroundings, with nothing to share."""
+"""What training asks of the processes it runs on: replicas that add up their gradients."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,16 +26,20 @@ class Layout:
 
 
 class Parallel:
-    rank = data_rank = 0
-    world = data_world = 1
-    is_main = True
+    """Replicas: every rank holds the whole model and a part of the batch."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, rank: int, world: int) -> None:
+        self.device, self.rank, self.world = device, rank, world
+        self.data_rank, self.data_world = rank, world
+        self.is_main = rank == 0
 
     @classmethod
     def start(cls, layout: Layout, device: torch.device, timeout: float = 60) -> Parallel:
-        return cls(device)
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if world > 1:
+            backend = "gloo" if device.type == "cpu" else "nccl"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        return cls(device, rank, world)
 
     def apply(self, model: Any, *, compute_dtype: torch.dtype | None, recompute: float, compile: bool) -> None:
         if recompute:
@@ -45,16 +52,31 @@ class Parallel:
     @contextmanager
     def accumulate(self, model: nn.Module, last: bool) -> Iterator[None]:
         yield
+        if not last or self.world == 1:
+            return
+        # One flat sum in the order of names: the same arithmetic in the first step of a process as in every other.
+        grads = [p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
+        flat = torch.cat([g.view(-1) for g in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def sum(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
         return tensor
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
 
     def agree(self, flag: bool) -> bool:
-        return flag
+        return bool(self.sum(torch.tensor(float(flag))).item()) if self.world > 1 else flag
 
-    def barrier(self) -> None: ...
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
