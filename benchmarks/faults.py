@@ -5,7 +5,8 @@ fault of a random kind about every EVERY seconds (at least 60% of them processes
 agent). Told is: whether the curves are bitwise equal, whether every checkpoint reads, whether flipped bits were traced
 to their rank, how long recovery took, and goodput: undisturbed over faulted wall time. The text is made on the spot.
 
-With --cores and --reference-cores the runs go side by side on disjoint cores, else one after the other.
+With --cores and --reference-cores the runs go side by side on disjoint cores, else one after the other. --only and
+--calm let one undisturbed run serve several seeds, and judge what has been done so far while runs go on.
 """
 
 from __future__ import annotations
@@ -59,19 +60,27 @@ def main() -> None:
     plan = make_plan(a.seed, seconds=a.minutes * 60, every=a.every, kinds=kinds)
     step_seconds = step_seconds or a.minutes * 60 / steps
     bad = sorted({int(f.at * a.expect / step_seconds) for f in plan if f.kind == "nan"} - {0})
-    write_plan(out / "plan.json", [f for f in plan if f.kind != "nan"])
-    common = [str(recipe), f"data={text}", f"steps={steps}", f"seed={a.seed}"]
-    calm = Run(out / "calm", [*common, "save_every=0"], a, a.reference_cores, bad)
+    if a.bad_batches:
+        bad = [int(s) for s in a.bad_batches.split(",")]
+    if not (out / "plan.json").exists():
+        write_plan(out / "plan.json", [f for f in plan if f.kind != "nan"])
+    common = [str(recipe), f"data={text}", f"steps={steps}"]
+    calm = Run(Path(a.calm) if a.calm else out / "calm", [*common, "save_every=0"], a, a.reference_cores, bad)
     faulted = Run(out / "faulted", [*common, f"save_every={a.save_every}", "--faults", str(out / "plan.json")], a,
                   a.cores, bad)
     say(f"{steps} steps, about {step_seconds:.2f} s each; {len(plan)} faults, bad batches at {bad or 'none'}")
+    runs = [r for r, name in ((calm, "calm"), (faulted, "faulted")) if a.only in ("", name)]
     if a.cores and a.reference_cores:
-        threads = [threading.Thread(target=r.go) for r in (calm, faulted)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
+        threads = [threading.Thread(target=r.go) for r in runs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     else:
-        calm.go()
-        faulted.go()
+        for run in runs:
+            run.go()
+    if a.only in ("calm", "faulted"):
+        return
     result = judge(calm, faulted, a)
     (out / "result.json").write_text(json.dumps(result, indent=1))
     show(result)
@@ -216,6 +225,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--kinds", default="", help="kind:count,... instead of the usual mix")
     p.add_argument("--cores", default="", help="0,1: cores for the faulted run")
     p.add_argument("--reference-cores", default="", help="2,3: cores for the undisturbed run, beside the other")
+    p.add_argument("--bad-batches", default="", help="40,97: steps, instead of the plan's share")
+    p.add_argument("--only", default="", choices=["", "calm", "faulted", "judge"], help="one part of it")
+    p.add_argument("--calm", default="", help="folder of an undisturbed run to hold against")
     p.add_argument("--limit", type=float, default=0, help="seconds after which both runs end wherever they are")
     p.add_argument("--out", default="runs/faults")
     a = p.parse_args()

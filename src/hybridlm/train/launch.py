@@ -316,7 +316,7 @@ def _rank(recipe: str, changes: dict[str, str]) -> None:
     except HybridLMError as error:
         why = str(error)
         if isinstance(error, ReplicaError):
-            _again(store, rank, why)
+            _again(store, rank, "" if rank else why)  # all ranks know the same
     except BaseException as error:
         if _peer_lost(error):
             _again(store, rank, "")
