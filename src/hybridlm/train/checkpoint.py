@@ -217,7 +217,7 @@ class Checkpoints:
         """Fill model and optimiser from one checkpoint, or the newest of a run. Raises `DataError`."""
         path = Path(path)
         chosen = path if (path / MANIFEST).exists() else next(iter(find(path / "checkpoints")), path)
-        faults = [f for f in self._gather(_fault(chosen, self.rank, self.world)) if f]
+        faults = [f for f in self._gather(fault_of(chosen, self.rank, self.world)) if f]
         if faults:
             raise DataError(f"{chosen}: {faults[0]}")
         self._fill(chosen, model, optimizer)

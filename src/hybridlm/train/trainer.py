@@ -168,7 +168,7 @@ class Trainer:
             if saving:
                 self.save(metrics)
                 saved, self.last = self.step, time.monotonic()
-            self.beat(self.step)
+            self.beat.beat(self.step)
         if unread:
             self._log(metrics, unread)
         if saved != self.step:
