@@ -33,6 +33,7 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Convert and quantise": {
         "convert": ("convert", "Turn a Hugging Face folder or hub repository into one GGUF file."),
+        "export": ("export", "A training run's checkpoint as a Hugging Face folder or a GGUF file."),
         "quantize": ("quantize", "Make a GGUF file smaller: q8_0, q5_m, q4_m, ..."),
         "inspect": ("inspect", "Show what a model file holds: shape, tensors, types, sizes."),
     },
