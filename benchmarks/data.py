@@ -42,15 +42,16 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def tokenisation(documents: list[str], tokenizer: Tokenizer, work: Path, repeat: int) -> tuple[dict, TokenFolder]:
+def tokenisation(documents: list[str], tokenizer: Tokenizer, work: Path, repeat: int,
+                 workers: int | None) -> tuple[dict, TokenFolder]:
     source, out = Source.open(work / "text"), work / "tokens"
     alone, whole = [], []
     batches = [documents[i:i + 256] for i in range(0, len(documents), 256)]
     backend = tokenizer._plain
     for _ in range(repeat):
-        alone.append(seconds(lambda: [backend.encode_batch_fast(b, add_special_tokens=False) and None for b in batches]))
+        alone.append(seconds(lambda: [len(backend.encode_batch_fast(b, add_special_tokens=False)) for b in batches]))
         shutil.rmtree(out, ignore_errors=True)
-        whole.append(seconds(lambda: tokenize(source, tokenizer, out)))
+        whole.append(seconds(lambda: tokenize(source, tokenizer, out, workers=workers)))
     folder = TokenFolder.open(out)
     tokens = len(folder.train)
     return {"what": "tokenise", "cores": os.cpu_count(), "tokens": tokens, "library": round(tokens / median(alone)),
@@ -66,7 +67,11 @@ def loading(folder: TokenFolder, repeat: int) -> list[dict]:
         for sequence in (512, 2048, 8192):
             order = order_of(stream, packing, sequence, max(1, (1 << 18) // sequence), 0, repetition)
             _ = order.at(0).documents
-            times = [seconds(lambda s=s: order.at(s).documents) for s in range(1, repeat + 1)]
+            times = []
+            for step in range(1, repeat + 1):
+                began = time.perf_counter()
+                _ = order.at(step).documents
+                times.append(time.perf_counter() - began)
             lines.append({"what": "load", "order": name, "sequence": sequence,
                           "tokens_per_second": round(order.batch * sequence / median(times))})
     return lines
@@ -78,12 +83,13 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--workers", type=int, help="processes that tokenise; 1: this one, with the library's threads")
     parser.add_argument("--json")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(args.tokenizer)
     with tempfile.TemporaryDirectory() as work:
         documents = sample(args.text, args.megabytes, Path(work) / "text")
-        line, folder = tokenisation(documents, tokenizer, Path(work), args.repeat)
+        line, folder = tokenisation(documents, tokenizer, Path(work), args.repeat, args.workers)
         print(f"tokenise {line['tokens']:,} tokens on {line['cores']} cores: library {line['library']:,} tok/s, "
               f"whole {line['whole']:,} tok/s, {line['share']:.1%}", flush=True)
         lines = [line]

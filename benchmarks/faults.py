@@ -25,7 +25,7 @@ from typing import Any
 
 from hybridlm.train.checkpoint import fault_of, find, read_weights
 from hybridlm.train.events import read_events
-from hybridlm.train.faults import BAD_BATCHES, KILLING, KINDS, make_plan, write_plan
+from hybridlm.train.faults import BAD_BATCHES, KILLING, KINDS, Fault, make_plan, write_plan
 from hybridlm.train.goodput import goodput
 
 RECIPE = """
@@ -58,6 +58,8 @@ def main() -> None:
         steps = int(a.minutes * 60 * a.expect / step_seconds)
     kinds = {k.split(":")[0]: int(k.split(":")[1]) for k in a.kinds.split(",")} if a.kinds else KINDS
     plan = make_plan(a.seed, seconds=a.minutes * 60, every=a.every, kinds=kinds)
+    if a.at_steps:
+        plan = [Fault(0.0, k, 0.6, step=int(s)) for k, s in zip(kinds, a.at_steps.split(","), strict=True)]
     step_seconds = step_seconds or a.minutes * 60 / steps
     bad = sorted({int(f.at * a.expect / step_seconds) for f in plan if f.kind == "nan"} - {0})
     if a.bad_batches:
@@ -223,6 +225,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--step-seconds", type=float, default=0, help="instead of measuring it")
     p.add_argument("--expect", type=float, default=0.85, help="goodput that the number of steps is planned with")
     p.add_argument("--kinds", default="", help="kind:count,... instead of the usual mix")
+    p.add_argument("--at-steps", default="", help="40,90: one of each of --kinds, at these steps")
     p.add_argument("--cores", default="", help="0,1: cores for the faulted run")
     p.add_argument("--reference-cores", default="", help="2,3: cores for the undisturbed run, beside the other")
     p.add_argument("--bad-batches", default="", help="40,97: steps, instead of the plan's share")

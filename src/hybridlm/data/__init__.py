@@ -7,5 +7,5 @@ from hybridlm.data.shards import tokenize
 from hybridlm.data.sources import Document, Source
 from hybridlm.data.tokens import TokenFolder, TokenStream
 
-__all__ = ["Batch", "BatchOrder", "Document", "Mixture", "PackedOrder", "Source", "TokenFolder", "TokenStream", "join", "order_of", "parse_mixture",
-           "tokenize"]
+__all__ = ["Batch", "BatchOrder", "Document", "Mixture", "PackedOrder", "Source", "TokenFolder", "TokenStream", "join",
+           "order_of", "parse_mixture", "tokenize"]

@@ -87,7 +87,7 @@ class Mixture(TokenStream):
         return int(self._table[2][-1])
 
     @property
-    def starts(self) -> np.ndarray:  # type: ignore[override]
+    def starts(self) -> np.ndarray:
         """First token of each document, ascending."""
         return self._table[2][:-1]
 
@@ -106,7 +106,9 @@ class Mixture(TokenStream):
 
 def join(streams: list[tuple[str, TokenStream]]) -> TokenStream:
     """Streams behind one another, their documents labelled with the names of the streams; for validation."""
-    shards, tables, labels = [], [], []
+    shards: list[np.ndarray] = []
+    tables: list[np.ndarray] = []
+    labels: list[str] = []
     for name, stream in streams:
         for table in stream.tables:
             moved = table.copy()

@@ -43,12 +43,13 @@ BAD_BATCHES = "HYBRIDLM_BAD_BATCHES"
 
 @dataclass
 class Fault:
-    """One fault; `at` in seconds from the plan's begin."""
+    """One fault; due `at` seconds from the plan's begin, or once a `step` is done, where that is given."""
 
     at: float
     kind: str
     pick: float
     done: bool = False
+    step: int = 0
 
 
 def make_plan(seed: int, *, seconds: float, every: float, kinds: Mapping[str, int] = KINDS) -> list[Fault]:
@@ -89,8 +90,10 @@ class Injector:
             write_plan(self.plan, self.faults, self.began)
         if not self.began:
             return
+        furthest = max((p.step for p in ranks), default=-1)
         for fault in self.faults:
-            if fault.done or time.time() < self.began + fault.at:
+            due = furthest >= fault.step if fault.step else time.time() >= self.began + fault.at
+            if fault.done or not due:
                 continue
             if not ranks or (fault.kind != "agent" and any(p.step < 0 for p in ranks)):
                 return  # between two starts: as soon as there is someone to hit

@@ -48,7 +48,7 @@ from hybridlm.train.faults import Injector
 from hybridlm.train.run import run
 from hybridlm.train.watchdog import FOLDER, Beat, Watch
 
-__all__ = ["LAUNCHED", "Launch", "launch"]
+__all__ = ["LAUNCHED", "Launch", "is_here", "launch"]
 
 LAUNCHED = "HYBRIDLM_LAUNCHED"  # set in ranks: host:port of the launcher's store
 TRIES = 5  # starts in a row without a new step, after which the launcher gives up
@@ -231,7 +231,7 @@ class _Launcher:
 def _open_store(meet: str) -> tuple[TCPStore, str]:
     """The store that agents meet at, held here unless `meet` names another machine; and its HOST:PORT."""
     host, _, port = meet.rpartition(":")
-    held = not meet or _is_here(host)
+    held = not meet or is_here(host)
     try:
         store = TCPStore(host or "127.0.0.1", int(port or 0), None, held, timeout=timedelta(seconds=300),
                          wait_for_workers=False)
@@ -245,7 +245,7 @@ def _open_store(meet: str) -> tuple[TCPStore, str]:
     return store, f"{host or '127.0.0.1'}:{store.port}"
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
     """Whether a name is this machine's."""
     try:
         socket.create_server((socket.gethostbyname(host), 0)).close()
