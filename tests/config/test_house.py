@@ -26,7 +26,8 @@ MAY = {
     "evals": {"text", "data"},
     "server": {"text", "engine", "store"},
     "integrations": {"ops"},
-    "train": {"config", "text", "data", "ops", "model", "evals", "formats"},
+    "plan": {"config"},
+    "train": {"config", "plan", "text", "data", "ops", "model", "evals", "formats"},
     "scaling": {"config"},
     "report": {"config", "scaling"},
 }
@@ -34,7 +35,7 @@ MAY = {
 EXCEPT = {("config.py", "formats", False), ("evals/torch_scorer.py", "model", True),
           ("evals/lm_eval.py", "engine", False), ("evals/lm_eval.py", "store", False)}
 TORCH = ("ops/", "model/", "train/", "integrations/", "evals/torch", "engine/cuda", "quickstart.py", "cli/train.py",
-         "cli/quickstart.py")
+         "cli/soup.py", "cli/quickstart.py")
 TORCH_MODULES = {"torch", "triton", "transformers", "tensorboard"}
 
 

@@ -26,7 +26,9 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Train": {
         "tokenizer": ("tokenizer", "Train a byte-level BPE on your own text, or look into one."),
+        "plan": ("plan", "Memory, days, cost and checkpoints of a training run, before it: --preset 7b --gpus 512."),
         "train": ("train", "Train a model by a recipe: hybridlm train tiny data=PATH out=DIR."),
+        "soup": ("soup", "Average the weights of several checkpoints into one model."),
         "doctor": ("doctor", "Check the machines before a run: GPUs, disk, clocks, sums across processes."),
     },
     "Convert and quantise": {

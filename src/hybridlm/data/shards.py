@@ -1,6 +1,7 @@
 """Text to token shards, on all cores, atomically and resumably.
 
-Documents are read on one thread and encoded in batches by the tokenizers library, which spreads a batch over the cores.
+Documents are read on one thread and encoded in batches: by a process a core where there are several, else by the
+tokenizers library's threads.
 A shard is written under a temporary name, flushed to disk, renamed, and then entered in `progress.json` together with
 the place in the source where it ends. A killed run starts again at the last shard entered and, the source being the
 same stream each time, leaves the very files that an undisturbed run leaves. `manifest.json` comes last.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ import numpy as np
 from hybridlm.atomic import write_file
 from hybridlm.data.sources import Document, Source
 from hybridlm.data.tokens import MANIFEST, VERSION, TokenFolder, read_manifest, sha256_of
+from hybridlm.data.workers import encode_all
 from hybridlm.errors import DataError
 from hybridlm.text import Tokenizer
 
@@ -32,6 +35,7 @@ __all__ = ["held_out", "tokenize"]
 
 PROGRESS = "progress.json"
 _BATCH_CHARACTERS = 1 << 22
+_LARGE = 16 << 20  # bytes of source from which on processes are worth their start
 _SMALL = 64 << 20  # bytes of source below which a first pass makes sure that something is held out
 
 Batch = list[tuple[int, int, Document]]
@@ -39,12 +43,13 @@ Progress = Callable[[int, int], None]  # (documents so far, tokens so far)
 
 
 def tokenize(source: Source, tokenizer: Tokenizer, out: str | Path, *, val_fraction: float = 0.0,
-             shard_tokens: int = 1 << 26, progress: Progress | None = None) -> TokenFolder:
+             shard_tokens: int = 1 << 26, progress: Progress | None = None, workers: int | None = None) -> TokenFolder:
     """Tokenise a source into the folder `out` and open it; at once when that is already done for the same source.
 
     Args:
         val_fraction: the share of documents held out. Of two documents or more, at least one is, and at least one not.
         shard_tokens: a shard is closed once it holds so many; the unit of resuming.
+        workers: processes that encode; None is one a core for a source of some size. Files do not depend on it.
 
     Raises `DataError` when the source has no text, or `out` holds tokens of another source or tokenizer.
     """
@@ -66,10 +71,14 @@ def tokenize(source: Source, tokenizer: Tokenizer, out: str | Path, *, val_fract
     state = _resume(out, job, source)
     writer = _Writer(out, state, tokenizer.vocab_size)
     # A file may hold many documents and labels appear as they come: both live in the state that a shard commits.
-    for batch in _ahead(_batches(source, state["file"], state["document"])):
-        encoded = tokenizer.encode_batch([d.text for _, _, d in batch], special=False)
-        for (file, number, document), ids in zip(batch, encoded, strict=True):
-            writer.add(document, ids)
+    if workers is None:
+        cores = os.cpu_count() or 1  # on a few, the library's own threads leave next to nothing idle
+        workers = cores if cores >= 4 and source.nbytes >= _LARGE else 1
+    batches = ((batch, [d.text for _, _, d in batch])
+               for batch in _ahead(_batches(source, state["file"], state["document"])))
+    for batch, encoded in encode_all(tokenizer, batches, state["dtype"], workers):
+        for (file, number, document), (tokens, nbytes, digest) in zip(batch, encoded, strict=True):
+            writer.add(document.label, tokens, nbytes, digest)
             state["file"], state["document"] = file, number + 1
         if progress:
             progress(state["documents"], writer.total)
@@ -185,20 +194,18 @@ class _Writer:
         self.tables: dict[str, list[tuple[int, int, int]]] = {"train": [], "val": []}
         self.sizes = {"train": 0, "val": 0}
 
-    def add(self, document: Document, ids: list[int]) -> None:
+    def add(self, label: str, tokens: np.ndarray, nbytes: int, digest: bytes) -> None:
         state = self.state
-        if document.label not in state["labels"]:
-            state["labels"].append(document.label)
-        raw = document.text.encode("utf-8", "surrogatepass")
-        digest = hashlib.sha256(raw).digest()
+        if label not in state["labels"]:
+            state["labels"].append(label)
         split = "val" if int.from_bytes(digest[:8], "big") < state["held_out_below"] else "train"
-        self.parts[split].append(np.array([state["eos"], *ids], dtype=state["dtype"]))
-        self.tables[split].append((self.sizes[split], len(raw), state["labels"].index(document.label)))
-        self.sizes[split] += len(ids) + 1
-        self.pending += len(ids) + 1
-        self.total += len(ids) + 1
+        self.parts[split].append(tokens)
+        self.tables[split].append((self.sizes[split], nbytes, state["labels"].index(label)))
+        self.sizes[split] += len(tokens)
+        self.pending += len(tokens)
+        self.total += len(tokens)
         state["documents"] += 1
-        state["bytes"] += len(raw)
+        state["bytes"] += nbytes
         state["content"] = hashlib.sha256(state["content"].encode() + digest).hexdigest()
 
     def commit(self) -> None:

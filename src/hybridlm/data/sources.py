@@ -61,6 +61,10 @@ class Source:
 
         Raises `DataError` when there is nothing to read.
         """
+        if str(path).startswith("hub:"):
+            from hybridlm.data.hub import HubSource
+
+            return HubSource(str(path), (), text_field, label_field, whole)
         root, skipped = Path(path), Counter[str]()
         if root.is_dir():
             found = list(_walk(root, skipped))

@@ -213,6 +213,15 @@ class Checkpoints:
             raise DataError(f"{self.folder}: all {len(found)} checkpoints are damaged; delete the folder to start over")
         return None
 
+    def load(self, path: str | Path, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        """Fill model and optimiser from one checkpoint, or the newest of a run. Raises `DataError`."""
+        path = Path(path)
+        chosen = path if (path / MANIFEST).exists() else next(iter(find(path / "checkpoints")), path)
+        faults = [f for f in self._gather(fault_of(chosen, self.rank, self.world)) if f]
+        if faults:
+            raise DataError(f"{chosen}: {faults[0]}")
+        self._fill(chosen, model, optimizer)
+
     def _fill(self, path: Path, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> None:
         reader = dcp.FileSystemReader(path)
         stored = reader.read_metadata().state_dict_metadata

@@ -75,9 +75,9 @@ class HybridOptimizer(torch.optim.Optimizer):
         found = None if skip is None else skip.reshape(1)
         torch._fused_adamw_(
             [_local(p) for p in params], [_local(p.grad) for p in params if p.grad is not None],
-            [_local(s["exp_avg"]) for s in states], [_local(s["exp_avg_sq"]) for s in states], [], steps, lr=group["lr"], beta1=self.betas[0],
-            beta2=self.betas[1], weight_decay=group["weight_decay"], eps=self.eps, amsgrad=False, maximize=False,
-            grad_scale=None, found_inf=found)
+            [_local(s["exp_avg"]) for s in states], [_local(s["exp_avg_sq"]) for s in states], [], steps,
+            lr=group["lr"], beta1=self.betas[0], beta2=self.betas[1], weight_decay=group["weight_decay"],
+            eps=self.eps, amsgrad=False, maximize=False, grad_scale=None, found_inf=found)
 
     def _muon(self, p: nn.Parameter, group: dict[str, Any], skip: Tensor | None) -> None:
         state = self.state[p]

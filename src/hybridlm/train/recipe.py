@@ -92,6 +92,9 @@ class Recipe:
     export_dtype: str = "bfloat16"  # of OUT/hf
     tensorboard: bool = True
 
+    # logs
+    sinks: str = ""  # MODULE:FUNCTION or FILE.py:FUNCTION that makes one more receiver of records, see `sinks.py`
+
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +121,7 @@ class Recipe:
         _check(self.schedule != "wsds" or not self.seconds, "schedule", "wsds counts steps, seconds= cannot bound it",
                self.schedule)
         _check(self.rope in ("", "drop") or self.yarn_factor > 1, "rope", "must be drop or yarn:FACTOR", self.rope)
+        _check(not self.moments or bool(self.init), "moments", "needs init=RUN", self.moments)
         if self.microbatch and self.batch % self.microbatch:
             raise ConfigError(f"microbatch: {self.microbatch} sequences do not divide batch={self.batch}")
         if self.sequence > self.model.max_position_embeddings and not self.init:

@@ -22,40 +22,42 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
 
 import hybridlm
 from hybridlm.atomic import flush_files, flush_folder, write_file
-from hybridlm.data import Source, TokenFolder, TokenStream, tokenize
-from hybridlm.data.shards import held_out
-from hybridlm.data.tokens import MANIFEST
+from hybridlm.data import TokenStream
 from hybridlm.errors import ConfigError, DataError
-from hybridlm.text import Tokenizer, train_bpe
+from hybridlm.text import Tokenizer
 from hybridlm.train.checkpoint import read_weights
 from hybridlm.train.events import Events
 from hybridlm.train.faults import Orders
 from hybridlm.train.parallel import Parallel
 from hybridlm.train.place import layout_of, pick_device
 from hybridlm.train.recipe import Recipe
-from hybridlm.train.recipes import find
+from hybridlm.train.recipes import find, stages_of
+from hybridlm.train.stages import run_stages
 from hybridlm.train.start import start_shape, starting_model, whole_model
+from hybridlm.train.text import prepare
 from hybridlm.train.trainer import Trainer
 from hybridlm.train.validate import Bits
 from hybridlm.train.watchdog import Beat
 
 __all__ = ["run"]
 
-_BPE_CHARACTERS = 1 << 28  # a tokenizer is trained on at most so much of the text
-
-
 def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
-    """Train recipe `name` with settings replaced, to its end; returns the folder of the run.
+    """Train recipe `name` with settings replaced, to its end; returns the folder of the run, of stages the last's.
 
     Raises a `HybridLMError` for what the user can mend. Ctrl-C and SIGTERM save a checkpoint first.
     """
+    stages = stages_of(name)
+    return run_stages(stages, overrides or {}, _train) if stages else _train(name, overrides)
+
+
+def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
+    """One recipe."""
     began = time.monotonic()
     recipe = find(name).override(overrides or {}).ready()
     if recipe.threads:
@@ -72,15 +74,16 @@ def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
     try:
         with _alone(out) if parallel.is_main else nullcontext():
             if parallel.is_main:  # the others find the tokens that the first rank has made
-                _tokens(recipe, out)
+                prepare(recipe, out)
             parallel.barrier()
-            tokenizer, train, val, content = _tokens(recipe, out)
+            text = prepare(recipe, out)
+            train, val, tokenizer = text.train, text.val, text.tokenizer
             recipe = replace(recipe, model=start_shape(recipe, tokenizer))
             if parallel.is_main:
-                _write_recipe(recipe, len(train), out)
+                _write_recipe(recipe, text.unique, out)
             model = starting_model(recipe)
-            trainer = Trainer(recipe, model, train, val, out, data=content, began=began, parallel=parallel,
-                              events=events, watchdog=beat, faults=Orders.from_environment(model, events))
+            trainer = Trainer(recipe, model, train, val, out, data=text.content, began=began, parallel=parallel,
+                              events=events, beat=beat, faults=Orders.from_environment(model, events))
             if parallel.is_main:
                 _tell(recipe, trainer, train, val)
             trainer.fit()
@@ -97,62 +100,6 @@ def _write_recipe(recipe: Recipe, tokens: int, out: Path) -> None:
         **recipe.to_dict(), "recipe": recipe.name, "unique_tokens": tokens,
         "versions": {"hybridlm": hybridlm.__version__, "torch": torch.__version__,
                      "python": platform.python_version()}}, indent=1).encode())
-
-
-def _tokens(recipe: Recipe, out: Path) -> tuple[Tokenizer, TokenStream, TokenStream, str]:
-    """The tokenizer, both splits, and what identifies the text; made now or found from an earlier start."""
-    if (Path(recipe.data) / MANIFEST).is_file() and (Path(recipe.data) / "train-00000.bin").is_file():
-        raise ConfigError("data: a folder of token shards; give the text they were made from")
-    held = Source.open(recipe.val, text_field=recipe.text, label_field=recipe.label) if recipe.val else None
-    source = Source.open(recipe.data, text_field=recipe.text, label_field=recipe.label,
-                         without=held.files if held else ())
-    fraction = 0.0 if held else recipe.val_fraction
-    for why, number in sorted(source.skipped.items()):
-        if number:
-            _say(f"data: {number} {why} left out")
-    tokenizer = _tokenizer(recipe, source, fraction, out / "tokenizer")
-    folder = _tokenize(source, tokenizer, out / "tokens", fraction)
-    val = _tokenize(held, tokenizer, out / "tokens-val", 0.0).train if held else folder.val
-    return tokenizer, folder.train, val, folder.manifest["content"] + folder.manifest["tokenizer"]
-
-
-def _tokenize(source: Source, tokenizer: Tokenizer, out: Path, fraction: float) -> TokenFolder:
-    last, began = time.monotonic(), time.monotonic()
-
-    def show(documents: int, tokens: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 5:
-            last = time.monotonic()
-            _say(f"tokenising: {documents:,} documents, {tokens:,} tokens, {tokens / (last - began):,.0f} tok/s")
-
-    return tokenize(source, tokenizer, out, val_fraction=fraction, progress=show)
-
-
-def _tokenizer(recipe: Recipe, source: Source, fraction: float, folder: Path) -> Tokenizer:
-    """The run's own copy of its tokenizer."""
-    given = Tokenizer.from_file(recipe.tokenizer) if recipe.tokenizer else None
-    if (folder / "tokenizer.json").exists():
-        own = Tokenizer.from_file(folder)
-        if given and given.fingerprint != own.fingerprint:
-            raise ConfigError(f"tokenizer: differs from that of the run, {folder}; give another out=")
-        return own
-    if given is None:
-        _say(f"training a tokenizer of {recipe.vocab} entries")
-        given = train_bpe(_sample(source, fraction), recipe.vocab)
-    aside = folder.with_name(f".{folder.name}.tmp")
-    given.save(aside)
-    flush_files(aside)
-    aside.rename(folder)
-    flush_folder(folder.parent)
-    return given
-
-
-def _sample(source: Source, fraction: float) -> Iterator[str]:
-    """Text to train a tokenizer on: of a large source every n-th document, and none that is held out."""
-    every = max(1, source.nbytes // _BPE_CHARACTERS)
-    is_held_out = held_out(source, fraction)
-    texts = (d.text for _, _, d in source.documents())
-    return (text for text in islice(texts, 0, None, every) if not is_held_out(text))
 
 
 def _tell(recipe: Recipe, trainer: Trainer, train: TokenStream, val: TokenStream) -> None:

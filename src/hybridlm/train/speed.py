@@ -24,10 +24,11 @@ from statistics import median
 import numpy as np
 import torch
 
-from hybridlm.config import LINEAR, HybridConfig
+from hybridlm.config import HybridConfig
 from hybridlm.data import TokenStream
 from hybridlm.errors import HybridLMError
 from hybridlm.model import HybridLM
+from hybridlm.plan import flops_per_token as count_flops
 from hybridlm.train.place import pick_device
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find
@@ -39,25 +40,8 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/
 
 
 def flops_per_token(config: HybridConfig, sequence: int) -> float:
-    """FLOP that a token's forward and backward need, nothing recomputed counted.
-
-    6 x the weights of matrices, the head among them; 3 x the causal half of attention (2 products of 2 FLOP for each
-    width and key that is seen); 3 x the delta rule in its recurrent form (8 FLOP for each entry of the state).
-    """
-    d, ff = config.hidden_size, config.intermediate_size
-    keys, values = config.key_heads * config.key_dim, config.value_heads * config.value_dim
-    total = 6.0 * config.vocab_size * d
-    for i, kind in enumerate(config.layer_types):
-        total += 6 * 3 * d * ff
-        if kind == LINEAR:
-            total += 6 * d * (2 * keys + 3 * values + 2 * config.value_heads)
-            total += 3 * 8 * config.value_heads * config.key_dim * config.value_dim
-        else:
-            total += 6 * d * (2 * d + 2 * config.kv_heads * config.head_dim)
-            window = min(config.window_of(i) or sequence, sequence)
-            seen = window - window * (window - 1) / (2 * sequence)  # keys, the query itself among them, on average
-            total += 3 * 4 * d * seen
-    return total
+    """FLOP that a token's forward and backward need, as `hybridlm.plan` counts: nothing recomputed."""
+    return count_flops(config, sequence).training
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,7 @@ class Speed:
 
     @property
     def flops(self) -> float:
-        """FLOP a second, as `flops_per_token` counts."""
+        """FLOP a second, as `hybridlm.plan` counts: nothing recomputed."""
         return flops_per_token(self.recipe.model, self.recipe.sequence) * self.tokens_per_second
 
     @property

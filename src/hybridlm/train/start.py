@@ -1,4 +1,4 @@
-"""What a run starts from: fresh weights, a model folder, or the checkpoint of another run, perhaps with other positions.
+"""What a run starts from: fresh weights, a model folder or the checkpoint of another run, maybe with other positions.
 
 The stages of a long training hand over here: midtraining starts from pretraining's checkpoint, long context from the
 soup, without its rotary embeddings (DroPE) or with them stretched (YaRN).

@@ -26,6 +26,7 @@ from hybridlm.model import HybridLM
 from hybridlm.ops import linear_cross_entropy
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.events import Events
+from hybridlm.train.faults import Orders
 from hybridlm.train.guard import PATIENCE, Guard
 from hybridlm.train.metrics import Metrics
 from hybridlm.train.optimizer import HybridOptimizer
@@ -35,6 +36,7 @@ from hybridlm.train.recipe import Recipe
 from hybridlm.train.schedule import decay_ends, learning_rate
 from hybridlm.train.stopping import asked_to_stop
 from hybridlm.train.validate import Bits, validate
+from hybridlm.train.watchdog import Beat
 
 __all__ = ["Trainer"]
 
@@ -47,15 +49,15 @@ class Trainer:
         data: what identifies the tokens; a checkpoint of other tokens is refused.
         parallel: the processes that train together; started for `recipe` when not given.
         events: where what happens to the run is written.
-        watchdog: `beat(step)` is called after each step.
-        faults: `at(step, phase)` is called before a step, in backward and while a checkpoint is written.
+        beat: told of each step, so that a launcher sees that the process gets on.
+        faults: what to do to oneself, where that is being tested.
     """
 
     def __init__(self, recipe: Recipe, model: HybridLM, train: TokenStream, val: TokenStream, out: Path,
                  *, data: str = "", began: float | None = None, parallel: Parallel | None = None,
-                 events: Events | None = None, watchdog: Any = None, faults: Any = None) -> None:
+                 events: Events | None = None, beat: Beat | None = None, faults: Orders | None = None) -> None:
         self.recipe, self.out, self.data, self.val = recipe, out, data, val
-        self.events, self.watchdog, self.faults = events, watchdog, faults
+        self.events, self.beat, self.faults = events, beat or Beat(None, 0), faults
         self.parallel = parallel or Parallel.start(layout_of(recipe), pick_device(recipe.device),
                                                    timeout=recipe.timeout)
         self.device = self.parallel.device
@@ -93,7 +95,6 @@ class Trainer:
                 share = self.loss(*piece) / count
                 share.backward()
             loss += share.detach()
-        self._fault("backward")
         loss = self.parallel.sum(loss)
         norm = self.parallel.clip(self.model.parameters(), self.recipe.clip)
         skip = self.guard.judge(loss, norm)
@@ -130,10 +131,10 @@ class Trainer:
         recipe, main = self.recipe, self.parallel.is_main
         self.checkpoints = Checkpoints(self.out / "checkpoints", self.parallel, keep=recipe.keep,
                                        permanent_every=recipe.permanent_every, tell=self._tell,
-                                       disturb=lambda step, folder: self._fault("save", folder=folder))
-        self.resume()
-        metrics = Metrics(self.out, self.step, total=0 if recipe.seconds else recipe.steps,
-                          tensorboard=recipe.tensorboard) if main else None
+                                       disturb=self._disturb)
+        with self.beat.slow():
+            self.resume()
+        metrics = Metrics(self.out, self.step, recipe) if main else None
         reader = ThreadPoolExecutor(1)
         try:
             with asked_to_stop() as asked:
@@ -149,7 +150,8 @@ class Trainer:
         ahead: Future[Batch] = reader.submit(self._batch, self.step)
         self.last, saved = time.monotonic(), self.step
         while not parallel.agree(self.finished() or bool(asked)):
-            self._fault("step")
+            if self.faults:
+                self.faults.at(self.step, "step")
             batch, ahead = ahead.result(), reader.submit(self._batch, self.step + 1)
             record = self.train_step(batch)
             if unread:
@@ -166,8 +168,7 @@ class Trainer:
             if saving:
                 self.save(metrics)
                 saved, self.last = self.step, time.monotonic()
-            if self.watchdog:
-                self.watchdog.beat(self.step)
+            self.beat.beat(self.step)
         if unread:
             self._log(metrics, unread)
         if saved != self.step:
@@ -210,9 +211,9 @@ class Trainer:
         if self.events:
             self.events.write(kind, **fields)
 
-    def _fault(self, phase: str, **more: Any) -> None:
+    def _disturb(self, step: int, folder: Path) -> None:
         if self.faults:
-            self.faults.at(self.step, phase, **more)
+            self.faults.at(step, "save", folder=folder)
 
     # -- how far -------------------------------------------------------------------------------------------------
 
@@ -247,7 +248,7 @@ class Trainer:
         rows = self.recipe.microbatch or self.recipe.batch
         self.model.eval()
         # Windows come in many shapes, each of which would be compiled anew.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.beat.slow():
             bits = validate(self.model.hidden, self.model.head_weight, self.val, sequence=self.recipe.sequence,
                             rows=rows, limit=limit, rank=self.parallel.data_rank, world=self.parallel.data_world,
                             together=self.parallel.sum)
@@ -271,6 +272,8 @@ class Trainer:
         told = (lambda line: print(line, file=sys.stderr)) if self.parallel.is_main else (lambda line: None)
         state = self.checkpoints.load_newest(self.model, self.optimizer, told, check=self._accept)
         if state is None:
+            if self.recipe.moments:
+                self.checkpoints.load(self.recipe.init, self.model, self.optimizer)
             return
         self.guard.load(state["guard"])
         generators = [torch.frombuffer(bytearray(base64.b64decode(g)), dtype=torch.uint8)
