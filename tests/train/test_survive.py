@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(recipe: str, *words: str, **settings: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "hybridlm.cli", "train", recipe, *(f"{k}={v}" for k, v in settings.items()), *words]
+    changes = [f"{k}={v}" for k, v in settings.items()]
+    command = [sys.executable, "-m", "hybridlm.cli", "train", recipe, *changes, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
 
