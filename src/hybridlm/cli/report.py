@@ -11,11 +11,11 @@ from hybridlm.cli._common import note, size
 
 
 def command(
-    out: Annotated[Path, typer.Argument(metavar="OUT.html|RUN", help="The page; the same as Markdown is "
-                                        "put beside it, with its plots in OUT-plots/. A run alone gets RUN/report.html.")],
-    given: Annotated[list[str] | None, typer.Argument(metavar="RUN|EVAL_DIR|POINTS.json...", help="Run folders, folders "
-                                                      "with results.json, JSON files of points; ARM=PATH names the "
-                                                      "arm.")] = None,
+    out: Annotated[Path, typer.Argument(metavar="OUT.html|RUN", help="The page; the same as Markdown is put "
+                                        "beside it, plots in OUT-plots/. A run alone gets RUN/report.html.")],
+    given: Annotated[list[str] | None, typer.Argument(metavar="RUN|EVAL_DIR|POINTS.json...", help="Run folders, "
+                                                      "folders with results.json, JSON files of points; ARM=PATH "
+                                                      "names the arm.")] = None,
     title: Annotated[str, typer.Option("--title", help="Of the page.")] = "",
     baseline: Annotated[str, typer.Option("--baseline", help="The arm that others are held against.")] = "",
 ) -> None:

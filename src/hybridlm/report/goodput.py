@@ -82,7 +82,8 @@ def _timeline(spent: Spent, number: int) -> Drawing:
     """Steps against time; where the line falls, work was lost, where it is level nothing was done."""
     faults = [(r["time"], str(r["what"])) for r in spent.figures.get("recoveries", [])
               if isinstance(r, dict) and is_number(r.get("time"))]
-    unit, scale = ("hours", 1.0) if spent.hours[-1] > 2 else ("minutes", 60.0)
+    units = (("hours", 1.0, 2.0), ("minutes", 60.0, 1 / 20), ("seconds", 3600.0, 0.0))
+    unit, scale = next((u, s) for u, s, least in units if spent.hours[-1] >= least)
 
     def paint(figure: Any, narrow: bool) -> None:
         axis = figure.subplots()
@@ -98,7 +99,8 @@ def _timeline(spent: Spent, number: int) -> Drawing:
         if faults:
             axis.legend(loc="upper left", ncols=1 if narrow else 2)
 
-    told = f"{len(faults)} disturbances" if faults else "nothing disturbed it"
+    count = f"{len(faults)} disturbance{'s' if len(faults) > 1 else ''}"
+    told = count if faults else "nothing disturbed it"
     return draw(f"timeline{number}", f"Steps of {spent.name} against time; {told}.", "Steps against time, "
                 f"{spent.name}: {told}. Where the line falls back, steps were done again.", paint, wide=(8.6, 3.2))
 

@@ -19,6 +19,7 @@ from hybridlm.train.events import read_events
 
 __all__ = ["goodput", "write_goodput"]
 
+MAIN = "rank-00000"  # whose events are counted
 LEAVING = ("kill", "freeze", "agent", "damage", "flip", "sigterm")  # faults that end in a start
 
 
@@ -29,12 +30,11 @@ def goodput(out: Path) -> dict[str, Any]:
     the first step's begin to the last's end, pauses between two launches included.
     """
     events = read_events(out)
-    first = [e for e in events if e["kind"] == "step_new"]
+    first = [e for e in events if e["kind"] == "step_new" and e["who"] == MAIN]
     if len(first) < 2:
         raise DataError(f"{out}: fewer than two steps are in its events/, so there is nothing to measure")
-    main = first[0]["who"]
-    starts = [e["time"] for e in events if e["kind"] == "start" and e["who"] == main]
-    own = [e for e in events if e["who"] == main and e["kind"] in ("step_new", "step_again", "start", "resumed")]
+    starts = [e["time"] for e in events if e["kind"] == "start" and e["who"] == MAIN]
+    own = [e for e in events if e["who"] == MAIN and e["kind"] in ("step_new", "step_again", "start", "resumed")]
     took = []  # seconds of each new step whose predecessor was done by the same process
     for before, now in pairwise(own):
         if now["kind"] == "step_new" and before["kind"] in ("step_new", "step_again"):
@@ -42,9 +42,9 @@ def goodput(out: Path) -> dict[str, Any]:
     typical = median(took)
     wall = first[-1]["time"] - first[0]["time"] + typical
     useful = sum(took) + typical * (len(first) - len(took))
-    again = [e for e in events if e["kind"] == "step_again" and e["who"] == main]
-    stalls = [e["seconds"] for e in events if e["kind"] == "checkpoint_stall" and e["who"] == main]
-    commits = [e["seconds"] for e in events if e["kind"] == "checkpoint_commit" and e["who"] == main]
+    again = [e for e in events if e["kind"] == "step_again" and e["who"] == MAIN]
+    stalls = [e["seconds"] for e in events if e["kind"] == "checkpoint_stall" and e["who"] == MAIN]
+    commits = [e["seconds"] for e in events if e["kind"] == "checkpoint_commit" and e["who"] == MAIN]
     found = _recoveries(events, starts, first)
     times = sorted(r["seconds"] for r in found if r["seconds"] is not None)
     run = _recipe(out)
@@ -58,9 +58,9 @@ def goodput(out: Path) -> dict[str, Any]:
                      "longest": _quantile(times, 1.0)},
         "checkpoints": {"count": len(commits), "stall_seconds": round(sum(stalls), 3),
                         "stall_share": round(sum(stalls) / wall, 5), "write_seconds": _quantile(sorted(commits), 0.5),
-                        "failed": _count(events, main, "checkpoint_failed"),
-                        "damaged": _count(events, main, "checkpoint_damaged")},
-        "skipped": _count(events, main, "skip"), "tokens_per_s": round(tokens_per_s, 1),
+                        "failed": _count(events, "checkpoint_failed"),
+                        "damaged": _count(events, "checkpoint_damaged")},
+        "skipped": _count(events, "skip"), "tokens_per_s": round(tokens_per_s, 1),
         "mfu": _mfu(run, events, tokens_per_s), "recoveries": found,
     }
 
@@ -117,8 +117,8 @@ def _mfu(run: dict[str, Any], events: list[dict[str, Any]], tokens_per_s: float)
     return round(tokens_per_s * each / (peak * start["world"]), 4)
 
 
-def _count(events: list[dict[str, Any]], who: str, kind: str) -> int:
-    return sum(e["kind"] == kind and e["who"] == who for e in events)
+def _count(events: list[dict[str, Any]], kind: str) -> int:
+    return sum(e["kind"] == kind and e["who"] == MAIN for e in events)
 
 
 def _quantile(ordered: list[float], share: float) -> float | None:

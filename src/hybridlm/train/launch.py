@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from torch.distributed import TCPStore
-from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
@@ -260,10 +260,14 @@ def _connect(address: str) -> TCPStore:
 
 
 class _Agent(LocalElasticAgent):
-    """torchrun's agent, that loses no time with ranks whose group is broken."""
+    """torchrun's agent, that loses no time with ranks whose group is broken, and gives the others theirs."""
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    def _stop_workers(self, *args: Any, **more: Any) -> None:
         self._shutdown(signal.SIGKILL)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **more: Any) -> None:
+        if self._pcontext:
+            self._pcontext.close(death_sig, timeout=int(GRACE))
 
 
 def _agent(how: Launch, address: str, recipe: str, changes: dict[str, str]) -> int:
@@ -280,14 +284,16 @@ def _agent(how: Launch, address: str, recipe: str, changes: dict[str, str]) -> i
     run_id = store.get("run").decode()
     parameters = RendezvousParameters(
         backend="c10d", endpoint=address, run_id=run_id, min_nodes=how.least, max_nodes=how.most,
-        local_addr=None if how.meet else "127.0.0.1", join_timeout=600, last_call_timeout=10, keep_alive_interval=1,
-        keep_alive_max_attempt=3)
+        local_addr=None if how.meet else "127.0.0.1", join_timeout=600, last_call_timeout=10)
     backend = C10dRendezvousBackend(store, run_id)
+    handler = create_handler(store, backend, parameters)
+    # A lost agent is noticed after 3 s; not every version of PyTorch takes this from the parameters.
+    object.__setattr__(handler.settings, "keep_alive_interval", timedelta(seconds=1))
     spec = WorkerSpec(role="train", local_world_size=how.nproc, entrypoint=_rank, args=(recipe, changes),
-                      rdzv_handler=create_handler(store, backend, parameters), max_restarts=1 << 30,
+                      rdzv_handler=handler, max_restarts=1 << 30,
                       monitor_interval=LOOK, local_addr=None if how.meet else "127.0.0.1")
     logs = DefaultLogsSpecs(log_dir=os.devnull)
-    agent = _Agent(spec, logs, start_method="fork", exit_barrier_timeout=30, shutdown_timeout=int(GRACE))
+    agent = _Agent(spec, logs, start_method="fork", exit_barrier_timeout=30)
     try:
         return 1 if agent.run().is_failed() else 0
     except SignalException as stop:

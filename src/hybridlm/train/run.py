@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from hybridlm.text import Tokenizer
 from hybridlm.train.checkpoint import read_weights
 from hybridlm.train.events import Events
 from hybridlm.train.faults import Orders
+from hybridlm.train.goodput import write_goodput
 from hybridlm.train.parallel import Parallel
 from hybridlm.train.place import layout_of, pick_device
 from hybridlm.train.provenance import note_start, resolve_init, write_recipe
@@ -92,6 +93,9 @@ def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
             trainer.fit()
             with beat.slow():
                 _export(trainer, tokenizer, out)
+            if parallel.is_main:
+                with suppress(DataError):  # too short to measure
+                    write_goodput(out)
     finally:
         parallel.stop()
     return out

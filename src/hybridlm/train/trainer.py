@@ -201,7 +201,7 @@ class Trainer:
             self.step_seconds = 0.9 * self.step_seconds + 0.1 * took if self.step_seconds else took
         record["tokens_per_s"] = round(self.recipe.tokens_per_step / max(took, 1e-9), 1)
         record["seconds"] = round(self.elapsed(), 3)
-        if self.events:
+        if self.events and self.parallel.is_main:
             self.events.step(record["step"])
         if metrics:
             metrics.log(record, eta=self.left())
