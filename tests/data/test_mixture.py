@@ -38,7 +38,7 @@ def make(kind, one, two, sequence, seed):
 @given(orders, sizes.filter(lambda s: sum(s) > 1), sizes, st.integers(1, 40), st.integers(0, 9), st.data())
 @settings(max_examples=80, deadline=None)
 def test_the_order_is_the_same_for_any_world_and_any_interruption(kind, one, two, sequence, seed, data):
-    """A run of 6 steps by one process, beside one that is broken off anywhere and goes on with other numbers of them."""
+    """6 steps by one process, beside a run that is broken off anywhere and goes on with other numbers of them."""
     whole = [make(kind, one, two, sequence, seed).at(step) for step in range(6)]
     step = 0
     while step < 6:  # each pass of the loop is a life of the run: fresh objects, its own world, some steps
@@ -82,7 +82,7 @@ def test_what_data_may_say(tmp_path):
     (tmp_path / "x:1,y:2").mkdir()
     assert parse_mixture(str(tmp_path / "x:1,y:2")) == [(str(tmp_path / "x:1,y:2"), 1.0)]
     for wrong in ("a:0.7,b", "a:0,b:1", "a:1,a:2"):
-        with pytest.raises(ConfigError, match="^data: "):
+        with pytest.raises(ConfigError, match=r"^data: "):
             parse_mixture(wrong)
 
 

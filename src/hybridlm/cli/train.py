@@ -87,7 +87,7 @@ def show_recipes() -> None:
 
     from hybridlm.cli._common import count
     from hybridlm.train.recipe import Recipe
-    from hybridlm.train.recipes import RECIPES
+    from hybridlm.train.recipes import RECIPES, STAGED
 
     table = Table("recipe", "parameters", "length", "tokens a step", box=None, header_style="bold")
     for name, function in RECIPES.items():
@@ -95,6 +95,9 @@ def show_recipes() -> None:
         length = f"{r.seconds:g} s" if r.seconds else f"{r.steps:,} steps"
         table.add_row(name, count(r.model.num_parameters()), length, f"{r.tokens_per_step:,}")
     console = Console()
+    for name, stages in STAGED.items():
+        told = [f"{stage.name} x {len(stage.seeds)}" if stage.seeds else stage.name for stage in stages()]
+        table.add_row(name, "", f"stages: {', '.join(told)}", "")
     console.print(table)
     names = [f.name for f in fields(Recipe) if f.name not in ("model", "name")]
     console.print(f"\nSettings: {', '.join(names)}, model.FIELD", highlight=False, markup=False)
