@@ -60,7 +60,7 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
 # What an install extra brings, by the module that is missing without it.
 EXTRAS = {"torch": "train", "safetensors": "train", "pyarrow": "train", "zstandard": "train", "tensorboard": "train",
           "starlette": "serve", "uvicorn": "serve", "pydantic": "serve", "llguidance": "serve", "triton": "gpu",
-          "matplotlib": "report"}
+          "matplotlib": "report", "datasets": "hub"}
 
 
 def build_app(wanted: str | None = None) -> typer.Typer:
