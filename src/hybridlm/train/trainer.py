@@ -65,6 +65,9 @@ class Trainer:
         if recipe.batch % self.parallel.data_world:
             raise ConfigError(f"batch: {recipe.batch} sequences do not divide among {self.parallel.data_world} "
                               "processes; give a multiple of them")
+        if recipe.sequence % self.parallel.row_ranks:
+            raise ConfigError(f"sequence: {recipe.sequence} tokens do not divide among tp x cp = "
+                              f"{self.parallel.row_ranks} ranks; give a multiple of it")
         self.model = model.to(self.device, torch.float32)
         bf16 = recipe.dtype == "bfloat16"  # the weights stay float32 and are cast where they are used
         if bf16:
@@ -87,7 +90,7 @@ class Trainer:
         rate = learning_rate(self.recipe, self.step, self.progress())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        count = self.parallel.sum(self._to_device(np.array(batch.counted, np.float32)))
+        count = self.parallel.sum_rows(self._to_device(np.array(batch.counted, np.float32)))
         loss = torch.zeros((), device=self.device)
         pieces = list(self.parts(batch))
         for i, piece in enumerate(pieces):
@@ -117,7 +120,7 @@ class Trainer:
     def loss(self, inputs: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
         """Summed cross-entropy of a piece."""
         hidden = self.model.hidden(inputs, documents=documents)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, targets.flatten(),
+        return linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, self.parallel.mine(targets).flatten(),
                                     self.recipe.z_loss)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
@@ -249,9 +252,10 @@ class Trainer:
         self.model.eval()
         # Windows come in many shapes, each of which would be compiled anew.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.beat.slow():
-            bits = validate(self.model.hidden, self.model.head_weight, self.val, sequence=self.recipe.sequence,
+            bits = validate(self.model.hidden, lambda: self.model.head_weight, self.val, sequence=self.recipe.sequence,
                             rows=rows, limit=limit, rank=self.parallel.data_rank, world=self.parallel.data_world,
-                            together=self.parallel.sum)
+                            together=self.parallel.sum, mine=self.parallel.mine, multiple=self.parallel.row_ranks)
+        self.parallel.settle(self.model)
         self.model.train()
         return bits
 
