@@ -27,7 +27,7 @@ MAY = {
     "server": {"text", "engine", "store"},
     "integrations": {"ops"},
     "plan": {"config"},
-    "train": {"config", "plan", "text", "data", "ops", "model", "evals", "formats"},
+    "train": {"config", "plan", "text", "data", "ops", "model", "evals", "formats", "store"},
     "scaling": {"config"},
     "report": {"config", "scaling"},
 }
@@ -35,7 +35,7 @@ MAY = {
 EXCEPT = {("config.py", "formats", False), ("evals/torch_scorer.py", "model", True),
           ("evals/lm_eval.py", "engine", False), ("evals/lm_eval.py", "store", False)}
 TORCH = ("ops/", "model/", "train/", "integrations/", "evals/torch", "engine/cuda", "quickstart.py", "cli/train.py",
-         "cli/soup.py", "cli/quickstart.py")
+         "cli/soup.py", "cli/quickstart.py", "cli/export.py")
 TORCH_MODULES = {"torch", "triton", "transformers", "tensorboard"}
 
 

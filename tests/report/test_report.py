@@ -171,3 +171,60 @@ def test_mistakes_name_cause_and_way_out(tmp_path):
     (run / "result.json").write_text("[]")
     with pytest.raises(DataError, match=r"result\.json"):
         build([run])
+
+
+def write_events(path, *, lost=6, restart=30.0):
+    """A run of 100 steps of a second; at step 60 a process is killed, comes back and does `lost` steps again."""
+    (path / "events").mkdir()
+    lines, time, begun = [], 1e9, 1e9
+    for step in [*range(1, 61), *range(61 - lost, 101)]:
+        time += 1.0
+        again = any(e["kind"].startswith("step") and e["step"] == step for e in lines)
+        lines.append({"time": time, "kind": "step_again" if again else "step_new", "step": step})
+        if step == 60 and not again:
+            lines.append({"time": time + 0.5, "kind": "fault", "what": "kill"})
+            time += restart
+    (path / "events" / "rank-00000.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines) + '{"time": 1')
+    figures = {"active": 100 / (time - begun), "seconds": time - begun, "restarts": 1, "steps_lost": lost, "mfu": None,
+               "recovery": {"median": restart + lost + 0.5, "p95": restart + lost + 0.5},
+               "checkpoints": {"count": 9, "stall_share": 0.001},
+               "recoveries": [{"what": "kill", "time": begun + 60.5, "seconds": restart + lost + 0.5},
+                              {"what": "<odd>", "time": begun + 90.0, "seconds": None}]}
+    (path / "goodput.json").write_text(json.dumps(figures))
+
+
+def test_goodput_is_told_and_drawn(tmp_path):
+    write_run(tmp_path / "run")
+    write_events(tmp_path / "run")
+    files = write(build([tmp_path / "run"]), tmp_path / "page.html")
+    tree = parse(tmp_path / "page.html")
+    text = " ".join(tree.text)
+    for words in ("Goodput", "73.5%", "process killed", "0:01:00", "36.5 s", "never", "<odd>", "steps done again"):
+        assert words in text, words
+    assert "MFU" not in text  # not known, not told
+    assert any(f.name == "timeline0.svg" for f in files)
+    write_run(tmp_path / "other")
+    write_events(tmp_path / "other", lost=0, restart=2.0)
+    page = build([tmp_path / "run", tmp_path / "other"])
+    (section,) = [s for s in page.sections if s.title == "Goodput"]
+    assert [row[0] for row in section.blocks[0].rows] == ["run", "other"]
+    (tmp_path / "other" / "goodput.json").write_text("[]")
+    with pytest.raises(DataError, match="delete it"):
+        build([tmp_path / "other"])
+
+
+def test_a_run_alone_gets_its_page(tmp_path, capsys):
+    from hybridlm.cli import main
+
+    write_run(tmp_path / "run")
+    write_events(tmp_path / "run")
+    (tmp_path / "run" / "goodput.json").unlink()
+    with pytest.raises(SystemExit) as done:
+        main(["report", str(tmp_path / "run")])
+    assert done.value.code == 0, capsys.readouterr().err
+    figures = json.loads((tmp_path / "run" / "goodput.json").read_text())
+    assert figures["steps"] == 100 and figures["steps_lost"] == 6
+    assert "Goodput" in " ".join(parse(tmp_path / "run" / "report.html").text)
+    with pytest.raises(SystemExit) as done:
+        main(["report", str(tmp_path / "page.html")])
+    assert done.value.code == 2 and "run's folder" in capsys.readouterr().err

@@ -108,3 +108,20 @@ def test_what_cannot_be_averaged_is_told(staged, tmp_path):
     with pytest.raises(ConfigError, match="exists already"):
         soup([out / "midtrain-7", out / "midtrain-8"], out / "pretrain")
     assert json.loads((out / "pretrain" / "recipe.json").read_text())["steps"] == 8
+
+
+def test_a_mixture_trains_and_is_validated_by_source(staged, tmp_path):
+    from hybridlm.train.recipes import find
+
+    (tmp_path / "one.py").write_text(MICRO)
+    for name in ("books", "code"):
+        corpus(tmp_path / name, 40 if name == "books" else 20)
+    settings = {"data": f"{tmp_path / 'books'}:0.3,{tmp_path / 'code'}:0.7", "out": str(tmp_path / "out"), "steps": "8",
+                "tokenizer": str(staged[0] / "out" / "pretrain" / "tokenizer"), "repetition": "32"}
+    out = run(str(tmp_path / "one.py"), settings)
+    result = json.loads((out / "result.json").read_text())
+    assert {"all", "books/a", "code/a"} <= set(result["val_bits_per_byte"])
+    assert {p.name for p in (out / "tokens").iterdir()} == {"books", "code"}
+    with pytest.raises(ConfigError, match="trained on other tokens"):
+        run(str(tmp_path / "one.py"), {**settings, "data": settings["data"].replace("0.7", "0.6"), "steps": "10"})
+    assert find(str(tmp_path / "one.py")).steps == 24

@@ -33,6 +33,7 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Convert and quantise": {
         "convert": ("convert", "Turn a Hugging Face folder or hub repository into one GGUF file."),
+        "export": ("export", "A training run's checkpoint as a Hugging Face folder or a GGUF file."),
         "quantize": ("quantize", "Make a GGUF file smaller: q8_0, q5_m, q4_m, ..."),
         "inspect": ("inspect", "Show what a model file holds: shape, tensors, types, sizes."),
     },
@@ -59,7 +60,7 @@ MAP: dict[str, dict[str, tuple[str, str]]] = {
 # What an install extra brings, by the module that is missing without it.
 EXTRAS = {"torch": "train", "safetensors": "train", "pyarrow": "train", "zstandard": "train", "tensorboard": "train",
           "starlette": "serve", "uvicorn": "serve", "pydantic": "serve", "llguidance": "serve", "triton": "gpu",
-          "matplotlib": "report"}
+          "matplotlib": "report", "datasets": "hub"}
 
 
 def build_app(wanted: str | None = None) -> typer.Typer:

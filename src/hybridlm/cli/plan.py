@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +39,8 @@ def command(
     price: Annotated[float, typer.Option("--price", min=0, help="Of a GPU and hour, in any currency.")] = 0.0,
     published: Annotated[bool, typer.Option("--published", help="The published run of Olmo Hybrid 7B beside its "
                                                                 "plan.")] = False,
+    measured: Annotated[Path | None, typer.Option("--measured", metavar="RUN", help="A run that happened beside what "
+                                                  "is simulated for it.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Plan a training run: memory by part for each layout, days, cost, checkpoints, goodput. Needs no GPU.
@@ -49,6 +51,8 @@ def command(
 
     if published:
         return _published(json)
+    if measured:
+        return _measured(measured, json)
     cluster = Cluster(find_gpu(gpu), gpus, mtbf, detect, restart, price=price)
     plan = make_plan(_config(preset), cluster, tokens, sequence=sequence, batch_tokens=batch_tokens,
                      layout=_layout(layout) if layout else None, microbatch=microbatch, recompute=recompute, mfu=mfu,
@@ -68,6 +72,20 @@ def _published(json: bool) -> None:
     print(text.table(("", "published", "our MFU", "their MFU"), rows))
     print("\n" + "\n".join(f"- {line}" for line in why))
     print("\nAssumed:\n" + "\n".join(f"- {line}" for line in ours.assumptions))
+    return None
+
+
+def _measured(run: Path, json: bool) -> None:
+    from hybridlm.plan import text
+    from hybridlm.plan.measured import faults_of, predict, read_goodput
+
+    figures = read_goodput(run)
+    outcome, again = predict(figures)
+    rows = [("active share", f"{figures['active']:.1%}", f"{outcome.goodput:.1%}"),
+            ("work done again", f"{again:.1f} s", f"{outcome.replayed:.1f} s")]
+    if json:
+        return print_json({"measured": figures, "faults": asdict(faults_of(figures)), "predicted": asdict(outcome)})
+    print(text.table(("", "measured", "predicted"), rows))
     return None
 
 

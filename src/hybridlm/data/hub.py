@@ -53,10 +53,8 @@ class HubSource(Source):
                 yield 0, number, Document(text, str(row.get(self.label_field) or ""))
 
     def _builder(self) -> Any:
-        try:
-            import datasets
-        except ImportError:
-            raise DataError(f'{self.path}: needs the library datasets; pip install "hybridlm[hub]"') from None
+        import datasets
+
         name, _, config = self.path.removeprefix(PREFIX).partition("@")
         try:
             return datasets.load_dataset_builder(name, config or None)

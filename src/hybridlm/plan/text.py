@@ -43,14 +43,18 @@ def tell(plan: Plan, name: str) -> str:
         f"Time: {plan.busy_days:.2f} days of work, {days(plan.days)} with failures",
     ]
     gpu_hours = plan.days * 24 * c.gpus
-    lines.append(f"Cost: {gpu_hours:,.0f} GPU hours" + (f", {plan.cost:,.0f} at {c.price:g} each" if c.price else
-                                                         " (--price X gives it in money)"))
+    money = f", {_round(plan.cost)} at {c.price:g} each" if c.price else " (--price X gives it in money)"
+    lines.append(f"Cost: {_round(gpu_hours)} GPU hours{money}")
     return "\n".join([*lines, "", "Assumed:", *(f"- {line}" for line in plan.assumptions)])
 
 
 def days(value: float) -> str:
     return f"{value:.2f} days" if value >= 1 else f"{24 * value:.1f} hours" if value > 1 / 12 else \
         f"{1440 * value:.0f} minutes"
+
+
+def _round(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _flops(plan: Plan) -> list[tuple[str, float]]:

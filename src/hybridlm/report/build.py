@@ -12,6 +12,7 @@ import numpy as np
 from hybridlm.errors import DataError
 from hybridlm.report.content import Facts, Folded, Page, Section, Table, Text
 from hybridlm.report.evaluations import Evaluation, find_results, read_evaluations
+from hybridlm.report.goodput import goodput_section, read_spent
 from hybridlm.scaling import gather, plots
 from hybridlm.scaling.analysis import Analysis, Law, analyse
 from hybridlm.scaling.points import constrained
@@ -42,6 +43,8 @@ def build(paths: Sequence[str | Path], *, title: str = "", baseline: str = "", d
     sections = []
     if found.runs:
         sections.append(_runs(found.runs))
+    if spent := [s for s in map(read_spent, found.runs) if s]:
+        sections.append(goodput_section(spent))
     if any(len(r.val_bits_per_byte) > 1 for r in found.runs):
         sections.append(_domains(found.runs))
     if evaluations:

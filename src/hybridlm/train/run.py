@@ -1,6 +1,7 @@
 """`run(recipe, overrides)`: the whole road of `hybridlm train`, and of the same command again.
 
-    OUT/recipe.json       what was asked for, and with which versions
+    OUT/recipe.json       what was asked for, with which versions, on which text
+    OUT/starts.jsonl      when it was started, on what
     OUT/tokenizer/        trained on the data, or copied in
     OUT/tokens/           token shards (tokens-val/ when validation text is given)
     OUT/checkpoints/      the newest few
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-import hybridlm
 from hybridlm.atomic import flush_files, flush_folder, write_file
 from hybridlm.data import TokenStream
 from hybridlm.errors import ConfigError, DataError
@@ -37,6 +36,7 @@ from hybridlm.train.faults import Orders
 from hybridlm.train.goodput import write_goodput
 from hybridlm.train.parallel import Parallel
 from hybridlm.train.place import layout_of, pick_device
+from hybridlm.train.provenance import note_start, resolve_init, write_recipe
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes import find, stages_of
 from hybridlm.train.stages import run_stages
@@ -74,14 +74,17 @@ def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
     events.write("start", world=parallel.world, device=gpu or parallel.device.type)
     try:
         with _alone(out) if parallel.is_main else nullcontext():
+            given = recipe.init
             if parallel.is_main:  # the others find the tokens that the first rank has made
-                prepare(recipe, out)
+                prepare(resolve_init(recipe, out), out)
             parallel.barrier()
+            recipe = resolve_init(recipe, out)
             text = prepare(recipe, out)
             train, val, tokenizer = text.train, text.val, text.tokenizer
             recipe = replace(recipe, model=start_shape(recipe, tokenizer))
             if parallel.is_main:
-                _write_recipe(recipe, text.unique, out)
+                write_recipe(recipe, out, unique_tokens=text.unique, init=given)
+                note_start(out, world=parallel.world, device=parallel.device)
             model = starting_model(recipe)
             trainer = Trainer(recipe, model, train, val, out, data=text.content, began=began, parallel=parallel,
                               events=events, beat=beat, faults=Orders.from_environment(model, events))
@@ -96,14 +99,6 @@ def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
     finally:
         parallel.stop()
     return out
-
-
-def _write_recipe(recipe: Recipe, tokens: int, out: Path) -> None:
-    """OUT/recipe.json: what was asked for, with which versions, on how much text."""
-    write_file(out / "recipe.json", json.dumps({
-        **recipe.to_dict(), "recipe": recipe.name, "unique_tokens": tokens,
-        "versions": {"hybridlm": hybridlm.__version__, "torch": torch.__version__,
-                     "python": platform.python_version()}}, indent=1).encode())
 
 
 def _tell(recipe: Recipe, trainer: Trainer, train: TokenStream, val: TokenStream) -> None:

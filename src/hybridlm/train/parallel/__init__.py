@@ -42,8 +42,8 @@ class Parallel:
         return cls(device, rank, world)
 
     def apply(self, model: Any, *, compute_dtype: torch.dtype | None, recompute: float, compile: bool) -> None:
-        if recompute:
-            for layer in model.model.layers:
+        for i, layer in enumerate(model.model.layers):
+            if int((i + 1) * recompute) > int(i * recompute):  # that share of the layers, evenly
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         model.compute_dtype = compute_dtype
         if compile:

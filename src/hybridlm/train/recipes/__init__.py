@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from hybridlm.errors import ConfigError
+from hybridlm.train.provenance import read_recipe
 from hybridlm.train.recipe import Recipe
 from hybridlm.train.recipes.hybridlm_tiny import hybridlm_tiny
 from hybridlm.train.recipes.ladder import RUNGS, ladder
@@ -32,7 +33,9 @@ STAGED: dict[str, Callable[[], list[Stage]]] = {"olmo-hybrid": olmo_hybrid}
 
 
 def find(name: str) -> Recipe:
-    """The recipe of a name in `RECIPES` or of a Python file."""
+    """The recipe of a name in `RECIPES`, of a Python file, or of a run's folder."""
+    if (Path(name) / "recipe.json").is_file():
+        return read_recipe(Path(name))
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise ConfigError(f"{name}: no such recipe file")
@@ -42,7 +45,8 @@ def find(name: str) -> Recipe:
     elif name in RECIPES:
         function = RECIPES[name]
     else:
-        raise ConfigError(f"recipe {name!r} is unknown; known are {', '.join([*RECIPES, *STAGED])}, or FILE.py")
+        raise ConfigError(f"recipe {name!r} is unknown; known are {', '.join([*RECIPES, *STAGED])}, FILE.py "
+                          "or a run's folder")
     recipe = function()
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"{name}: recipe() returned {type(recipe).__name__}, not a Recipe")
