@@ -56,6 +56,7 @@ def test_a_short_run_through_faults_is_bitwise_that_of_a_calm_one(tmp_path):
     assert figures["checkpoints"]["damaged"] == 1
 
 
+@pytest.mark.slow
 def test_saved_on_four_resumed_on_others(tmp_path):
     """The same batches, and the same losses but for the order of sums."""
     recipe, data = micro(tmp_path), corpus(tmp_path / "data")
