@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: run quickstart test test-all lint bench clean compiler
+.PHONY: run quickstart test test-all lint bench faults clean compiler
 .DEFAULT_GOAL := run
 
 compiler:
@@ -48,6 +48,11 @@ test-all: $(VENV)/.dev lint  ## every marker, the counts that the documentation 
 
 bench: $(VENV)/.base
 	$(BIN)/hybridlm bench models/hybridlm-tiny-q8_0.gguf
+
+MINUTES ?= 60
+EVERY ?= 60
+faults: $(VENV)/.train  ## train through faults (MINUTES=60 EVERY=60), held against an undisturbed run
+	$(BIN)/python benchmarks/faults.py --minutes $(MINUTES) --every $(EVERY) $(FAULTS)
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -210,6 +210,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_saved_by_replicas_loaded_by_shards_and_by_one(tmp_path):
     mp.spawn(_rank, (3, str(tmp_path), free_port(), False, "save"), nprocs=3)
     path = tmp_path / "step-00000002"

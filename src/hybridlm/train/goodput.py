@@ -60,7 +60,7 @@ def goodput(out: Path) -> dict[str, Any]:
                         "stall_share": round(sum(stalls) / wall, 5), "write_seconds": _quantile(sorted(commits), 0.5),
                         "failed": _count(events, "checkpoint_failed"),
                         "damaged": _count(events, "checkpoint_damaged")},
-        "skipped": _count(events, "skip"), "tokens_per_s": round(tokens_per_s, 1),
+        "skipped": len({e["step"] for e in events if e["kind"] == "skip"}), "tokens_per_s": round(tokens_per_s, 1),
         "mfu": _mfu(run, events, tokens_per_s), "recoveries": found,
     }
 
