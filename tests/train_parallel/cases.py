@@ -18,6 +18,7 @@ from hybridlm.ops import linear_cross_entropy
 from hybridlm.train.parallel import Layout, Parallel
 
 TIME, VOCAB = 48, 61
+Case = tuple[str, Layout, dict[str, Any], dict[str, Any]]  # name, layout, options of `config`, of `compare`
 
 
 def config(*, heads: int = 6, kv: int | None = None, rope: bool = True, window: int | None = None, value: int = 1,
@@ -61,14 +62,16 @@ def compare(layout: Layout, options: dict[str, Any], *, rows: int, pieces: int, 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     parallel = Parallel(torch.device("cpu"), rank, world, layout)
     parallel.apply(model, compute_dtype=None, recompute=recompute, compile=False)
-    mine = slice(parallel.data_rank * rows // parallel.data_world, (parallel.data_rank + 1) * rows // parallel.data_world)
+    each = rows // parallel.data_world
+    mine = slice(parallel.data_rank * each, (parallel.data_rank + 1) * each)
     ids, targets, numbers = ids[mine], targets[mine], None if numbers is None else numbers[mine]
     assert parallel.sum_rows((targets >= 0).sum().float()) == count
     loss, size = torch.zeros(()), len(ids) // pieces
     for i in range(pieces):
         part = slice(i * size, (i + 1) * size)
         with parallel.accumulate(model, last=i == pieces - 1):
-            share = loss_of(model, parallel, ids[part], targets[part], None if numbers is None else numbers[part], count)
+            packed = None if numbers is None else numbers[part]
+            share = loss_of(model, parallel, ids[part], targets[part], packed, count)
             share.backward()
         loss += share.detach()
     worst = float((parallel.sum(loss) - expected.detach()).abs())
@@ -90,7 +93,7 @@ def compare(layout: Layout, options: dict[str, Any], *, rows: int, pieces: int, 
 CASE = {"rows": 4, "pieces": 1, "documents": True, "recompute": 0.0}
 
 
-def _worker(rank: int, world: int, folder: str, cases: list[tuple[str, Layout, dict[str, Any], dict[str, Any]]]) -> None:
+def _worker(rank: int, world: int, folder: str, cases: list[Case]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
@@ -105,7 +108,7 @@ def _worker(rank: int, world: int, folder: str, cases: list[tuple[str, Layout, d
     torch.distributed.destroy_process_group()
 
 
-def run(world: int, folder: Path, cases: list[tuple[str, Layout, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+def run(world: int, folder: Path, cases: list[Case]) -> dict[str, Any]:
     """By case: the largest difference over all ranks, or what went wrong."""
     mp.spawn(_worker, (world, str(folder), cases), nprocs=world, join=True)
     found = [torch.load(folder / f"{rank}.pt") for rank in range(world)]

@@ -32,8 +32,8 @@ class Bits:
         return self.bits / self.nbytes if self.nbytes else math.nan
 
 
-def validate(hidden: Callable[[Tensor], Tensor], weight: Callable[[], Tensor], stream: TokenStream, *, sequence: int, rows: int,
-             limit: int = 0, rank: int = 0, world: int = 1,
+def validate(hidden: Callable[[Tensor], Tensor], weight: Callable[[], Tensor], stream: TokenStream, *,
+             sequence: int, rows: int, limit: int = 0, rank: int = 0, world: int = 1,
              together: Callable[[Tensor], Tensor] = lambda t: t, mine: Callable[[Tensor], Tensor] = lambda t: t,
              multiple: int = 1) -> dict[str, Bits]:
     """Bits and bytes by label, and under "all" together.

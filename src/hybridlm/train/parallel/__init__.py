@@ -87,7 +87,7 @@ class Parallel:
                 mesh = mesh["shard"]
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
-            # The table and the head stay whole from the forward pass to the backward: the loss uses the head in between.
+            # The table and the head stay whole from the forward pass to the backward: the loss uses the head between.
             fully_shard(model, mesh=mesh, reshard_after_forward=False)
             for module in model.modules():
                 if isinstance(module, FSDPModule):

@@ -29,8 +29,8 @@ class Layout:
             raise ConfigError("dp_shard, cp and tp count ranks and are at least 1; dp_replicate may be 0")
         known = replace(self, replicate=self.replicate or max(world // inner, 1))
         if known.replicate * inner != world:
-            raise ConfigError(f"dp_replicate x dp_shard x cp x tp = {known.replicate} x {self.shard} x {self.context} x "
-                              f"{self.tensor} does not make {world} processes; start so many, or give dp_replicate=0 "
+            raise ConfigError(f"dp_replicate x dp_shard x cp x tp = {known.replicate} x {self.shard} x {self.context} "
+                              f"x {self.tensor} does not make {world} processes; start so many, or give dp_replicate=0 "
                               "and a product that divides them")
         return known
 
