@@ -18,6 +18,7 @@ import typer
 
 from hybridlm.cli._common import (
     ContextOption,
+    DeviceOption,
     KVOption,
     MinPOption,
     ModelArgument,
@@ -64,15 +65,16 @@ def command(
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     context: ContextOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
 ) -> None:
     """Talk with a model in the terminal; /help lists what you can do there.
 
     hybridlm chat models/hybridlm-tiny-q8_0.gguf
     """
-    with open_engine(model, threads=threads, context=context, kv_type=kv_type) as engine:
+    with open_engine(model, device, threads=threads, context=context, kv_type=kv_type) as engine:
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
                    "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
         talk = Talk(engine, options) if engine.chat_template is not None else Text(engine, options)

@@ -9,6 +9,7 @@ import typer
 
 from hybridlm.cli._common import (
     ContextOption,
+    DeviceOption,
     JsonOption,
     KVOption,
     MinPOption,
@@ -49,9 +50,10 @@ def command(
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     context: ContextOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
 ) -> None:
     """Continue a prompt, streaming the text.
 
@@ -61,7 +63,7 @@ def command(
         if sys.stdin.isatty():
             raise typer.BadParameter("give a prompt, or text on stdin", param_hint="PROMPT")
         prompt = sys.stdin.read()
-    with open_engine(model, threads=threads, context=context, kv_type=kv_type) as engine:
+    with open_engine(model, device, threads=threads, context=context, kv_type=kv_type) as engine:
         options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop or (), "temperature": temperature,
                                    "top_k": top_k, "top_p": top_p, "min_p": min_p,
                                    "repetition_penalty": repetition_penalty, "seed": seed}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridlm.cli._common import ContextOption, KVOption, ThreadsOption, note, resolved
+from hybridlm.cli._common import ContextOption, DeviceOption, KVOption, ThreadsOption, note, resolved
 from hybridlm.errors import HybridLMError
 
 _SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "k": 10**3, "m": 10**6, "g": 10**9, "": 1}
@@ -77,10 +77,10 @@ def command(
     chat_template: Annotated[str | None, _option("--chat-template", help="For models without one: chatml, or a file "
                              "with a Jinja template. A model that was not taught to chat answers poorly.",
                              panel="Models")] = None,
-    device: Annotated[str, _option("--device", help="cpu or cuda.", panel="Machine")] = "cpu",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     context: ContextOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
     grace: Annotated[float, _option("--grace", min=0, help="Seconds that running outputs get when the server is told "
                                     "to stop.", panel="Machine")] = 30,
     log: Annotated[str, _option("--log", help="Form of the log on stderr: text or json. It names models, sizes and "
@@ -90,6 +90,7 @@ def command(
 
     hybridlm serve models/hybridlm-tiny-q8_0.gguf
     """
+    from hybridlm.engine.device import choose
     from hybridlm.server.guard import is_loopback
     from hybridlm.server.run import run
     from hybridlm.server.settings import Settings
@@ -99,7 +100,8 @@ def command(
         raise typer.BadParameter("text or json", param_hint="--log")
     keys = tuple(k for group in api_key or () for k in group.split())
     settings = Settings(
-        device=device, threads=threads, kv_type=kv_type, context=context, chat_template=_template(chat_template),
+        device=choose(device), threads=threads, kv_type=kv_type, context=context,
+        chat_template=_template(chat_template),
         model_bytes=None if memory is None else _size(memory), idle_seconds=idle,
         cache_bytes=None if cache is None else _size(cache),
         cache_folder=(cache_dir or home() / "prefix-cache") if keep_cache or cache_dir else None,
@@ -121,9 +123,9 @@ def _models(names: list[str], settings: Any) -> list[Any]:
         alias, sign, model = text.partition("=")
         if not sign or "/" in alias or os.sep in alias:
             alias, model = "", text
-        path = resolved(model)
+        path = resolved(model, settings.device)
         found.append(Model(alias or (path.stem if Path(model).exists() else model), opener(path, settings),
-                           path.stat().st_size, path.stat().st_mtime, pinned=not found))
+                           _nbytes(path), path.stat().st_mtime, pinned=not found))
     if not names:
         found = [Model(e.name, opener(e.path, settings), e.nbytes, e.modified) for e in entries()]
         if not found:
@@ -132,6 +134,10 @@ def _models(names: list[str], settings: Any) -> list[Any]:
     if len({m.name for m in found}) < len(found):
         raise HybridLMError("two models have one name; give them names as NAME=MODEL")
     return found
+
+
+def _nbytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
 
 
 def _template(text: str | None) -> str | None:

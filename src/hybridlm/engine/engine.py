@@ -20,6 +20,7 @@ import numpy as np
 
 from hybridlm.config import HybridConfig
 from hybridlm.engine.chat import Said, chat_prompt
+from hybridlm.engine.device import choose, kind_of
 from hybridlm.engine.generate import Generation
 from hybridlm.engine.layout import Layout
 from hybridlm.engine.passes import SLAB, Part, Passes
@@ -70,7 +71,8 @@ class Engine:
         """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
 
         Args:
-            device: "cpu", or "cuda" (or "cuda:1"), which takes Hugging Face folders too and turns weights to bfloat16.
+            device: "cpu", or "cuda" (or "cuda:1"), which takes Hugging Face folders too and turns weights to bfloat16;
+                "auto" is a GPU where there is one.
             threads: that work on a pass; None leaves the native core's choice, all cores. One setting per process.
             kv_type: how attention keeps keys and values: "f32", "f16" (what None is on a processor), "q8_0" (half of
                 f16), or on a GPU "bf16" (what None is there).
@@ -82,7 +84,8 @@ class Engine:
 
         Raises `FormatError` for a file that is no such model, `HybridLMError` for options that cannot be.
         """
-        if _device(device) == "cuda":
+        device = choose(device)
+        if kind_of(device) == "cuda":
             from hybridlm.engine.cuda_open import open_engine
 
             return open_engine(cls, path, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
@@ -115,7 +118,8 @@ class Engine:
 
         On a GPU the type is bfloat16, whatever `type` says.
         """
-        if _device(device) == "cuda":
+        device = choose(device)
+        if kind_of(device) == "cuda":
             from hybridlm.engine.cuda_open import random_engine
 
             return random_engine(cls, config, seed, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
@@ -372,18 +376,6 @@ class Engine:
         if not parts:
             raise HybridLMError("batch: empty; give at least one session with its tokens")
         return parts
-
-
-def _device(device: str) -> str:
-    from importlib.util import find_spec
-
-    kind = str(device).split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise HybridLMError(f'device: {device!r} is unknown; use "cpu" or "cuda"')
-    missing = [name for name in ("torch", "triton") if kind == "cuda" and find_spec(name) is None]
-    if missing:
-        raise HybridLMError(f'device: a GPU needs {missing[0]}, which is not installed; pip install "hybridlm[gpu]"')
-    return kind
 
 
 def _host_kv(kv_type: str | None) -> str:

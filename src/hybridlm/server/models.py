@@ -175,9 +175,7 @@ class Models:
                                                  "bytes": engine.model_bytes}})
 
     async def _make_room(self, model: Model) -> None:
-        from hybridlm.engine.engine import _memory
-
-        budget = self.settings.model_bytes or _memory() // 2
+        budget = self._budget()
         others = [m for m in self.all.values() if m.loaded is not None]
         for other in sorted(others, key=lambda m: m.loaded.used if m.loaded else 0):
             need = model.nbytes + sum(m.loaded.nbytes for m in others if m.loaded is not None)
@@ -188,6 +186,16 @@ class Models:
         if any(m.loaded is not None and m.loaded.users for m in others):
             raise ApiError(503, f"model: no memory for {model.name} while others are in use; try again later",
                            retry_after=10)
+
+    def _budget(self) -> int:
+        """Bytes for open models: what was set, or all that models may have of a GPU's memory, or half the machine's."""
+        from hybridlm.engine.engine import _memory
+
+        if self.settings.model_bytes:
+            return self.settings.model_bytes
+        if gpu := [m.engine for m in self.open if m.engine.device != "cpu"]:
+            return gpu[0].memory + sum(engine.model_bytes + engine.cache.nbytes for engine in gpu)
+        return _memory() // 2
 
     async def unload(self, model: Model) -> None:
         """Close a model that nobody uses."""

@@ -15,7 +15,7 @@ class Settings:
     # models
     device: str = "cpu"
     threads: int | None = None
-    kv_type: str = "f16"
+    kv_type: str | None = None  # as the device likes best
     context: int | None = None
     chat_template: str | None = None  # "chatml", or a template's text, for models that have none
     model_bytes: int | None = None  # for open models; None is half of the machine's memory
