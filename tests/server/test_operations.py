@@ -156,8 +156,8 @@ def test_help_explains_every_option(capsys, monkeypatch):
     text = capsys.readouterr().out
     for option in ("--host", "--port", "--api-key", "--cors", "--allow-host", "--rate", "--max-body", "--max-tokens",
                    "--timeout", "--queue", "--parallel", "--state-memory", "--cache", "--keep-cache", "--cache-dir",
-                   "--save-every", "--memory", "--idle", "--chat-template", "--device", "--threads", "--context",
-                   "--kv-type", "--grace", "--log"):
+                   "--cache-disk", "--save-every", "--memory", "--idle", "--chat-template", "--device", "--threads",
+                   "--context", "--kv-type", "--grace", "--log"):
         assert option in text
 
 

@@ -68,8 +68,12 @@ def command(
                           panel="Prefix cache")] = False,
     cache_dir: Annotated[Path | None, _option("--cache-dir", help="The folder for --keep-cache; prefix-cache in the "
                          "store's folder when left out.", panel="Prefix cache")] = None,
-    save_every: Annotated[float, _option("--save-every", min=1, help="Seconds between savings of the cache while the "
-                          "server runs; it is saved at the end too.", panel="Prefix cache")] = 300,
+    cache_disk: Annotated[str, _option("--cache-disk", help="Disk space for --keep-cache, of each model. What has to "
+                          "leave memory goes there and comes back when a prompt begins with it.",
+                          panel="Prefix cache")] = "16GB",
+    save_every: Annotated[float, _option("--save-every", min=1, help="Seconds between savings, while the server runs, "
+                          "of what the cache has in memory only; that is saved at the end too.",
+                          panel="Prefix cache")] = 300,
     memory: Annotated[str | None, _option("--memory", help="Memory for open models with their caches: to open another "
                       "one, idle ones are closed. Half of the machine's when left out.", panel="Models")] = None,
     idle: Annotated[float, _option("--idle", min=0, help="Seconds after which an unused model is closed (never the "
@@ -105,7 +109,7 @@ def command(
         model_bytes=None if memory is None else _size(memory), idle_seconds=idle,
         cache_bytes=None if cache is None else _size(cache),
         cache_folder=(cache_dir or home() / "prefix-cache") if keep_cache or cache_dir else None,
-        cache_save_seconds=save_every, running=parallel, waiting=queue,
+        cache_disk_bytes=_size(cache_disk), cache_save_seconds=save_every, running=parallel, waiting=queue,
         state_bytes=None if state_memory is None else _size(state_memory), request_seconds=timeout,
         max_tokens=max_tokens, shutdown_seconds=grace, host=host, port=port, api_keys=keys, cors=tuple(cors or ()),
         hosts=tuple(allow_host or ()), rate=rate, body_bytes=_size(max_body), log=log)

@@ -288,12 +288,13 @@ class Engine:
         session = Session(self, checkpoint.clone())
         return session, session.position
 
-    def save_cache(self, path: str | Path) -> None:
-        """Write the prefix cache to a file."""
-        self.cache.save(path, repr(self.layout))
+    def keep_cache(self, folder: str | Path, budget: int) -> int:
+        """Give the prefix cache a second tier of `budget` bytes in a folder: checkpoints that have to leave memory go
+        there and come back when they are needed, in a later process too (`cache.flush()` writes all of them, as
+        `close` does). Returns how many the folder has for this model, as the bytes of its tensors and the form of its
+        states tell. Raises `HybridLMError` where the folder cannot be used."""
+        from hybridlm.engine.disk_tier import DiskTier
 
-    def load_cache(self, path: str | Path) -> int:
-        """Add what `save_cache` wrote for the same model; returns the number of checkpoints, 0 if it does not fit."""
         like = self._ops.state()
 
         def rebuild(tokens: list[int], own: bytes, blocks: list[Any]) -> State:
@@ -301,7 +302,7 @@ class Engine:
                 raise ValueError
             return like.rebuilt(tokens, own, blocks)
 
-        return self.cache.load(path, repr(self.layout), like.block_of, rebuild)
+        return self.cache.keep_on_disk(DiskTier(folder, repr(self.layout), budget, like.block_of, rebuild))
 
     def step(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]], every: bool = False,
              trial: bool = False) -> np.ndarray:
@@ -335,7 +336,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the model file and the cache. The engine and its sessions must not be used afterwards."""
-        self.cache.clear()
+        self.cache.close()
         if self._file is not None:
             self._file.close()
 

@@ -23,6 +23,7 @@ class Settings:
     # prefix cache
     cache_bytes: int | None = None
     cache_folder: Path | None = None  # where it outlives the process; None keeps it in memory only
+    cache_disk_bytes: int = 16 * 10**9  # of each model
     cache_save_seconds: float = 300.0
     # scheduling
     running: int = 256
