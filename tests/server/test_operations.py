@@ -132,10 +132,11 @@ def test_schemathesis_finds_no_server_error():
 
 
 @pytest.mark.soak
-def test_schemathesis_finds_no_server_error_in_twenty_thousand_requests():
-    answers = fuzz(21_000)
-    print(answers)
-    assert sum(answers.values()) >= 20_000, answers
+@pytest.mark.parametrize("part", range(7))
+def test_schemathesis_finds_no_server_error_in_twenty_thousand_requests(part):
+    answers = fuzz(3_000)  # others each time
+    print(f"part {part}: {sum(answers.values())} requests, {answers}")
+    assert sum(answers.values()) >= 20_000 / 7, answers
 
 
 def test_the_package_brings_its_page():
