@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.engine.test_prefix_cache import Fake
 
+from hybridlm.engine import disk_tier
 from hybridlm.engine.disk_tier import DiskTier
 from hybridlm.engine.prefix_cache import PrefixCache
 from hybridlm.errors import HybridLMError
@@ -141,14 +142,22 @@ def test_what_memory_nearly_has_is_not_read(tmp_path):
 
 
 def test_a_disk_that_is_full_costs_nothing_but_the_reuse(tmp_path, monkeypatch):
-    cache = opened(tmp_path)
+    cache, files = opened(tmp_path), 0
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(path):
+        nonlocal files
+        files += 1
+        if files > 2:  # two pages find room
+            raise OSError(28, "No space left on device")
+        return private(path)
 
-    cache.put(entry(range(50), pages(1)))
-    monkeypatch.setattr("hybridlm.engine.disk_tier._private", full)
+    private = disk_tier._private
+    cache.put(entry(range(50), pages(4)))
+    monkeypatch.setattr(disk_tier, "_private", full)
     assert cache.flush() == 0 and cache.find(range(50)) is not None
+    assert not list(tmp_path.glob("*/*.*")) and cache.disk.nbytes == 0
+    monkeypatch.undo()
+    assert cache.flush() == 1 and cache.disk.nbytes == on_disk(tmp_path)
 
 
 def test_one_process_and_one_model_a_folder(tmp_path):

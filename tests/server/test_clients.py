@@ -17,7 +17,7 @@ def script(history):
     if last.startswith("environment"):
         return "It is 21 there."
     if "weather" in last:
-        return 'Let me look. <function_calls>\nget_weather(city="Paris", days=3)\nget_weather(city=\'Rome\')\n' \
+        return 'Let me look. <function_calls>\nget_weather(city="Paris", days=3)\nget_weather(city="Rome")\n' \
                "</function_calls>"
     if "count" in last:
         return "one two three four"

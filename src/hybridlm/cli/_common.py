@@ -29,6 +29,10 @@ KVOption = Annotated[str | None, typer.Option("--kv-type", rich_help_panel="Mach
                                                    "on a GPU bf16 (when left out), f16 or f32.")]
 DeviceOption = Annotated[str, typer.Option("--device", rich_help_panel="Machine",
                                            help="cpu, cuda (or cuda:1), or auto: a GPU where there is one.")]
+DraftOption = Annotated[str | None, typer.Option("--draft", metavar="MODEL", rich_help_panel="Machine",
+                                                 help="A smaller model with the same tokenizer that guesses ahead: "
+                                                      "what comes out stays the same, and comes faster where guesses "
+                                                      "are good.")]
 # Sampling, the same in generate and chat.
 TemperatureOption = Annotated[float, typer.Option("--temperature", rich_help_panel="Sampling",
                                                   help="0 always takes the most probable token; more is wilder.")]

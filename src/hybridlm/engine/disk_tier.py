@@ -58,19 +58,22 @@ class DiskTier:
     """Not safe to use from several threads but for `write` and `read`, which touch files alone; `PrefixCache` locks."""
 
     def __init__(self, folder: str | Path, fingerprint: str, budget: int, block: Callable[[bytes], Any],
-                 rebuild: Callable[[list[int], bytes, list[Any]], Any]) -> None:
+                 rebuild: Callable[[list[int], bytes, list[Any]], Any],
+                 device: contextlib.AbstractContextManager[Any] | None = None) -> None:
         """
         Args:
             fingerprint: says to which model the checkpoints belong.
             budget: bytes of files.
             block, rebuild: `block(data)` makes a shared block, `rebuild(tokens, own, blocks)` a checkpoint; either
                 raises ValueError for data that cannot be one.
+            device: held while a checkpoint is copied from where it is, for devices on which not everything may happen
+                at the same time.
 
         Raises `HybridLMError` where the folder cannot be used, or another process uses it.
         """
         self.folder, self.fingerprint, self.budget = Path(folder), fingerprint, budget
         self.nbytes = 0
-        self._block, self._rebuild = block, rebuild
+        self._block, self._rebuild, self._device = block, rebuild, device or contextlib.nullcontext()
         self._entries: OrderedDict[Path, Stored] = OrderedDict()  # the one to go first at the front
         self._counts: dict[str, int] = {}  # checkpoints that hold each block
         self._live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # blocks in memory by name
@@ -133,12 +136,15 @@ class DiskTier:
     def write(self, checkpoint: Any) -> Stored | None:
         """Put a checkpoint's files there. None where that cannot be (no space): then none is left behind."""
         tokens = np.array(checkpoint.tokens, dtype=np.int32)
-        own = checkpoint.own_parts()
+        with self._device:
+            own = checkpoint.own_parts()
         digest = hashlib.sha256()
         for part in own:
             digest.update(part)
+        blocks: list[tuple[str, int]] = []
         try:
-            blocks = tuple(self._write_block(checkpoint, block) for block in checkpoint.blocks())
+            for block in checkpoint.blocks():
+                blocks.append(self._write_block(checkpoint, block))
             size = sum(memoryview(part).nbytes for part in own)
             head = json.dumps({"fingerprint": self.fingerprint, "tokens": tokens.tolist(), "own": size,
                                "digest": digest.hexdigest(), "blocks": blocks}, separators=(",", ":")).encode()
@@ -151,14 +157,18 @@ class DiskTier:
                     file.write(part)
             _stamp(path)
         except (OSError, HybridLMError):
+            for name, _ in blocks:
+                if name not in self._counts:
+                    _remove(self._page(name))
             return None
-        return Stored(tokens, path, size, digest.hexdigest(), blocks, _PREFIX.size + len(head) + size)
+        return Stored(tokens, path, size, digest.hexdigest(), tuple(blocks), _PREFIX.size + len(head) + size)
 
     def _write_block(self, checkpoint: Any, block: Any) -> tuple[str, int]:
         known = self._names.get(id(block))
         if known is not None and known[0]() is block and self._page(known[1]).exists():
             return known[1], block.nbytes
-        data = checkpoint.block_bytes(block)
+        with self._device:
+            data = checkpoint.block_bytes(block)
         name = hashlib.sha256(data).hexdigest()
         self._remember(name, block)
         if not self._page(name).exists():

@@ -302,7 +302,8 @@ class Engine:
                 raise ValueError
             return like.rebuilt(tokens, own, blocks)
 
-        return self.cache.keep_on_disk(DiskTier(folder, repr(self.layout), budget, like.block_of, rebuild))
+        return self.cache.keep_on_disk(DiskTier(folder, repr(self.layout), budget, like.block_of, rebuild,
+                                               self._passes.lock))
 
     def step(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]], every: bool = False,
              trial: bool = False) -> np.ndarray:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "PrefixCache", "Stats"]
 
 _LOOK = 512  # checkpoints looked at for one to evict, of more a sample: thousands would take longer than it saves
-_SPILLING = 4  # evicted checkpoints on their way to the disk, at most; more are let go, as memory is for those in use
+_SPILLING = 2  # evicted checkpoints on their way to the disk; more are let go, as memory is for those in use
 _WORTH_READING = 32  # tokens that a checkpoint on the disk must save over one in memory
 _MOST_USES = 8  # counted for worth, so that yesterday's favourite does not stay for ever
 
