@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,36 @@ async def client(run: Run, beginnings: list[list[int]], delay: float) -> None:
             await asyncio.sleep(0.05)
 
 
-async def watch(run: Run, pid: int, memory: list[tuple[float, int]]) -> None:
+@dataclass
+class Memory:
+    """What a second of the server's life looked like."""
+
+    seconds: float
+    resident: int  # bytes of its own, files not counted
+    cache: int  # bytes in the prefix cache
+    budget: int
+    running: int
+
+
+async def watch(run: Run, pid: int, memory: list[Memory]) -> None:
     began = time.monotonic()
     while not run.stop:
         text = Path(f"/proc/{pid}/status").read_text()
         anonymous = re.search(r"RssAnon:\s+(\d+) kB", text)
-        memory.append((time.monotonic() - began, int(anonymous[1]) * 1024 if anonymous else 0))
+        figures = await metrics(run.port)
+        memory.append(Memory(time.monotonic() - began, int(anonymous[1]) * 1024 if anonymous else 0,
+                             *(int(figures.get(f"hybridlm_{name}", 0))
+                               for name in ("cache_bytes", "cache_budget_bytes", "requests_running"))))
         await asyncio.sleep(1)
+
+
+async def metrics(port: int) -> dict[str, float]:
+    """The gauges and counters of the server's only model, by name."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    text = (await reader.read()).decode(errors="replace")
+    writer.close()
+    return {name: float(value) for name, value in re.findall(r'^(\w+)\{model="m"\} (\S+)$', text, re.MULTILINE)}
 
 
 def equal_sharing(jobs: list[tuple[float, float, float]], rate: float) -> list[float | None]:
@@ -187,11 +210,16 @@ def first_tokens(seen: list[Seen]) -> dict[str, float]:
             "p95_s": mine[at], "p95_ideal_s": theirs[at], "p95_ratio": mine[at] / theirs[at]}
 
 
-def drift(memory: list[tuple[float, int]], warm: float) -> float:
-    """Relative change of memory between the first and the last fifth after warming up."""
-    later = [m for t, m in memory if t >= warm]
+def drift(memory: list[Memory], least: float) -> dict[str, float]:
+    """How memory changed between the first and the last fifth of the time after warming up, which is over when the
+    prefix cache has filled its budget, but not before `least` seconds."""
+    full = next((m.seconds for m in memory if m.cache >= 0.9 * m.budget), memory[-1].seconds / 2)
+    warm = max(full, least)
+    later = [m for m in memory if m.seconds >= warm]
     fifth = max(1, len(later) // 5)
-    return statistics.mean(later[-fifth:]) / statistics.mean(later[:fifth]) - 1
+    first, last = (statistics.mean(m.resident for m in part) for part in (later[:fifth], later[-fifth:]))
+    return {"cache_full_after_s": full, "warm_after_s": warm, "memory_first_fifth_mb": first / 1e6,
+            "memory_last_fifth_mb": last / 1e6, "memory_drift": last / first - 1}
 
 
 def alone(model: str, seen: list[Seen], context: int) -> int:
@@ -210,7 +238,7 @@ def alone(model: str, seen: list[Seen], context: int) -> int:
 
 async def load(run: Run, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     beginnings = [[run.rng.randrange(run.vocab) for _ in range(n)] for n in (100, 300, 600, 600, 1100, 1500)]
-    memory: list[tuple[float, int]] = []
+    memory: list[Memory] = []
     watcher = asyncio.create_task(watch(run, pid, memory))
     clients = [asyncio.create_task(client(run, beginnings, run.rng.uniform(0, 2))) for _ in range(args.clients)]
     began = time.monotonic()
@@ -227,8 +255,10 @@ async def load(run: Run, pid: int, args: argparse.Namespace) -> dict[str, Any]:
         "completed_share": len(done) / max(1, len(by["whole"])), "cancelled": len(by["cancelled"]),
         "malformed": len(by["malformed"]), "unintended_errors": len(odd), "errors": [s.error for s in odd[:3]],
         "generated_tokens_per_s": sum(s.tokens for s in done) / seconds,
-        "memory_mb": max(m for _, m in memory) / 1e6, "memory_drift": drift(memory, min(args.warm, args.seconds / 3)),
+        "memory_peak_mb": max(m.resident for m in memory) / 1e6, **drift(memory, min(args.warm, args.seconds / 3)),
         **first_tokens(run.seen)}
+    if args.trace:
+        args.trace.write_text("".join(json.dumps(asdict(m)) + "\n" for m in memory))
     result["checked_alone"] = min(args.check, len(done))
     return result
 
@@ -261,6 +291,7 @@ def main() -> None:
     parser.add_argument("--check", type=int, default=200, help="outputs compared with each prompt alone")
     parser.add_argument("--rounds", type=int, default=5, help="of one stream against eight")
     parser.add_argument("--cache", default="256MB")
+    parser.add_argument("--trace", type=Path, help="memory second by second, as JSON lines")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     command = [sys.executable, "-m", "hybridlm.cli", "serve", f"m={args.model}", "--port", "0", "--cache", args.cache,

@@ -202,3 +202,19 @@ def test_train_lists_recipes(cli):
     pytest.importorskip("torch")
     out = cli("train")[1]
     assert "tiny" in out and "760m-twin" in out and "model.FIELD" in out
+
+
+def test_a_draft_model_guesses_and_changes_nothing(cli, gguf, base, tmp_path):
+    from tests.cli.micro import write_micro
+
+    from hybridlm.formats.convert import convert
+
+    arguments = (gguf, "the cat sat on the mat", "-n", 30, "--json", "--threads", 1)
+    for sampling in (("--temperature", 0), ("--seed", 3)):
+        plain = cli("generate", *arguments, *sampling, json_=True)[1]
+        for draft in (gguf, base):
+            guessed = cli("generate", *arguments, *sampling, "--draft", draft, json_=True)[1]
+            assert guessed["text"] == plain["text"] and guessed["generated_tokens"] == plain["generated_tokens"]
+    convert(write_micro(tmp_path / "other", vocab_size=500), tmp_path / "other.gguf", "q8_0")
+    code, _, err = cli("generate", *arguments, "--draft", tmp_path / "other.gguf")
+    assert code == 1 and "draft: has a vocabulary of 500 tokens" in err and err.count("\n") == 1

@@ -116,10 +116,9 @@ def test_states_go_everywhere(seed, tmp_path):
     first = [p.token for p in engine.generate(prompt, max_tokens=5, temperature=0, ignore_eos=True)]
     again = engine.generate(prompt, max_tokens=5, temperature=0, ignore_eos=True)
     assert [p.token for p in again] == first and again.reused_tokens == 150
-    engine.save_cache(tmp_path / "cache")
-    count, size = len(engine.cache), engine.cache.nbytes
+    engine.keep_cache(tmp_path / "cache", 10**9)
+    assert engine.cache.flush() == len(engine.cache)
     engine.cache.clear()
-    assert engine.load_cache(tmp_path / "cache") == count and engine.cache.nbytes == size
     again = engine.generate(prompt, max_tokens=5, temperature=0, ignore_eos=True)
     assert [p.token for p in again] == first and again.reused_tokens == 150
 
@@ -248,7 +247,7 @@ def test_what_cannot_be(tmp_path):
         open_engine(Engine, path, "cpu", kv_type="q8_0")
     with pytest.raises(HybridLMError, match="bf16"):
         Engine.open(path, kv_type="bf16")
-    with pytest.raises(HybridLMError, match='use "cpu" or "cuda"'):
+    with pytest.raises(HybridLMError, match="use cpu, cuda"):
         Engine.open(path, device="tpu")
     if not torch.cuda.is_available():
         with pytest.raises(HybridLMError, match='device="cpu"'):

@@ -228,18 +228,41 @@ def test_cache_survives_on_disk(tmp_path):
     prompt = list(range(100)) * 2
     a = engine.generate(prompt, max_tokens=30, temperature=0, ignore_eos=True)
     list(a)
-    engine.save_cache(tmp_path / "cache")
+    assert engine.keep_cache(tmp_path / "cache", 10**9) == 0
+    assert engine.cache.flush() == len(engine.cache) > 5 and engine.cache.flush() == 0
+    count = len(engine.cache)
+    with pytest.raises(HybridLMError, match="another process"):
+        text_engine().keep_cache(tmp_path / "cache", 10**9)
+    engine.close()
     fresh = text_engine()
-    assert fresh.load_cache(tmp_path / "cache") == len(engine.cache) > 5
-    assert fresh.cache.nbytes == engine.cache.nbytes
-    engine.cache.clear()
+    assert fresh.keep_cache(tmp_path / "cache", 10**9) == count and fresh.cache.nbytes == 0
     again = prompt + a.tokens + [5, 6]
     b = fresh.generate(again, max_tokens=8, temperature=0, ignore_eos=True)
     list(b)
     assert b.reused_tokens == 229 and b.tokens == cold({}, again, max_tokens=8, temperature=0, ignore_eos=True)
-    assert text_engine(seed=1).load_cache(tmp_path / "cache") == 0
-    assert text_engine(kv_type="f16").load_cache(tmp_path / "cache") == 0
-    assert text_engine().load_cache(tmp_path / "nothing") == 0
+    fresh.close()
+    for other in (text_engine(seed=1), text_engine(kv_type="f16")):
+        with pytest.raises(HybridLMError, match="another model"):
+            other.keep_cache(tmp_path / "cache", 10**9)
+    assert text_engine().keep_cache(tmp_path / "cache", 10**9) >= count
+
+
+def test_an_evicted_checkpoint_comes_back_from_the_disk(tmp_path):
+    engine = text_engine(cache_bytes=1)  # holds one at a time
+    engine.keep_cache(tmp_path / "cache", 10**9)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 300, 70).tolist() for _ in range(4)]
+    first = []
+    for prompt in prompts:
+        generation = engine.generate(prompt, max_tokens=5, temperature=0, ignore_eos=True)
+        list(generation)
+        first.append(generation.tokens)
+        engine.cache._spilling.join()
+    for prompt, tokens in zip(prompts, first, strict=True):
+        generation = engine.generate(prompt, max_tokens=5, temperature=0, ignore_eos=True)
+        list(generation)
+        assert generation.reused_tokens >= 64 and generation.tokens == tokens
+    assert engine.cache.stats.reloaded >= 3
 
 
 def test_chat_keeps_the_end_of_the_turn_whatever_opens_the_answer():

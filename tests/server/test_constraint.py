@@ -111,7 +111,7 @@ def test_json_regex_choice_grammars(engine, grammar):
 
 
 def test_a_constraint_begins_behind_thoughts(engine, grammar):
-    m = grammar.matcher("choice", ["yes"], after="</think>")
+    m = grammar.matcher("choice", ["yes"], after=("</think>",))
     for token in TOKENIZER.encode("some thoughts </thi"):
         assert m.allowed() is None and not m.push(token)
     for token in TOKENIZER.encode("nk>"):
@@ -147,6 +147,44 @@ def test_forced_calls_parse_and_fit(engine, grammar):
     for text, finish in write(engine, [
             grammar.matcher("lark", tools_grammar(grammar, TOOLS, "now")) for _ in range(3)]):
         assert (text, finish) == (OPEN + "now()" + CLOSE, "eos")
+
+
+def test_a_free_answer_is_bound_once_it_opens_a_call(grammar):
+    def bound():
+        return grammar.matcher("lark", tools_grammar(grammar, TOOLS, None, opened=True), after=("</think>", OPEN))
+
+    def feed(m, text):
+        """Whether the output is over; None once a token is not allowed."""
+        for token in TOKENIZER.encode(text):
+            allowed = m.allowed()
+            if allowed is not None and not allowed[token]:
+                return None
+            if m.push(token):
+                return True
+        return False
+
+    assert feed(bound(), f"I may use {OPEN}nonsense( here</think>and say anything <function") is False
+    for call in ('get_weather(city="Rome")', 'get_weather(days=3, unit="C", city="Rome")', "now()",
+                 'now()\nget_weather(city="Oslo", unit="F")'):
+        m = bound()
+        assert feed(m, f"hm</think>Let me see. {OPEN}") is False and m.allowed() is not None
+        assert feed(m, call + CLOSE) is True, call
+    for call in ("get_weather()", "get_weather(days=3)", "get_weather(city=5)", 'get_weather(city="a", city="b")',
+                 "nope()", 'now(x=1)', "some text"):
+        m = bound()
+        feed(m, f"</think>{OPEN}")
+        assert feed(m, call + CLOSE) is None, call
+
+
+def test_many_arguments_come_in_the_order_of_the_schema(grammar):
+    tool = {"name": "f", "parameters": {"properties": {k: {"type": "integer"} for k in "abcdefgh"}, "required": ["c"]}}
+    for call, fits in (("f(a=1, c=2, h=3)", True), ("f(c=2)", True), ("f(c=2, a=1)", False), ("f(a=1)", False)):
+        m, over = grammar.matcher("lark", tools_grammar(grammar, [tool], "f")), False
+        for token in TOKENIZER.encode(OPEN + call + CLOSE):
+            if not m.allowed()[token]:
+                break
+            over = m.push(token)
+        assert over == fits, call
 
 
 # -- calls and thoughts ----------------------------------------------------------------------------------------------

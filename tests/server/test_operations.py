@@ -132,10 +132,11 @@ def test_schemathesis_finds_no_server_error():
 
 
 @pytest.mark.soak
-def test_schemathesis_finds_no_server_error_in_twenty_thousand_requests():
-    answers = fuzz(21_000)
-    print(answers)
-    assert sum(answers.values()) >= 20_000, answers
+@pytest.mark.parametrize("part", range(7))
+def test_schemathesis_finds_no_server_error_in_twenty_thousand_requests(part):
+    answers = fuzz(3_000)  # others each time
+    print(f"part {part}: {sum(answers.values())} requests, {answers}")
+    assert sum(answers.values()) >= 20_000 / 7, answers
 
 
 def test_the_package_brings_its_page():
@@ -156,8 +157,8 @@ def test_help_explains_every_option(capsys, monkeypatch):
     text = capsys.readouterr().out
     for option in ("--host", "--port", "--api-key", "--cors", "--allow-host", "--rate", "--max-body", "--max-tokens",
                    "--timeout", "--queue", "--parallel", "--state-memory", "--cache", "--keep-cache", "--cache-dir",
-                   "--save-every", "--memory", "--idle", "--chat-template", "--device", "--threads", "--context",
-                   "--kv-type", "--grace", "--log"):
+                   "--cache-disk", "--save-every", "--memory", "--idle", "--chat-template", "--device", "--threads",
+                   "--context", "--kv-type", "--grace", "--log"):
         assert option in text
 
 

@@ -24,8 +24,15 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", "-t", min=1,
 ContextOption = Annotated[int | None, typer.Option("--context", min=1, rich_help_panel="Machine",
                                                    help="Most tokens of a text; what the model was made for when left "
                                                         "out.")]
-KVOption = Annotated[str, typer.Option("--kv-type", rich_help_panel="Machine",
-                                       help="How keys and values are kept: f32, f16 or q8_0.")]
+KVOption = Annotated[str | None, typer.Option("--kv-type", rich_help_panel="Machine",
+                                              help="How keys and values are kept: f32, f16 (when left out) or q8_0; "
+                                                   "on a GPU bf16 (when left out), f16 or f32.")]
+DeviceOption = Annotated[str, typer.Option("--device", rich_help_panel="Machine",
+                                           help="cpu, cuda (or cuda:1), or auto: a GPU where there is one.")]
+DraftOption = Annotated[str | None, typer.Option("--draft", metavar="MODEL", rich_help_panel="Machine",
+                                                 help="A smaller model with the same tokenizer that guesses ahead: "
+                                                      "what comes out stays the same, and comes faster where guesses "
+                                                      "are good.")]
 # Sampling, the same in generate and chat.
 TemperatureOption = Annotated[float, typer.Option("--temperature", rich_help_panel="Sampling",
                                                   help="0 always takes the most probable token; more is wilder.")]
@@ -42,8 +49,11 @@ SeedOption = Annotated[int | None, typer.Option("--seed", rich_help_panel="Sampl
                                                 help="Makes sampled text repeatable.")]
 
 
-def resolved(model: str) -> Path:
-    """The GGUF file of whatever MODEL names, fetched and converted with progress shown where that is needed."""
+def resolved(model: str, device: str = "cpu") -> Path:
+    """The GGUF file of whatever MODEL names, fetched and converted with progress shown where that is needed. A GPU
+    reads a folder as it is."""
+    if device.startswith("cuda") and Path(model).is_dir():
+        return Path(model)
     from hybridlm.cli._progress import Stages
     from hybridlm.store import resolve
 
@@ -51,11 +61,13 @@ def resolved(model: str) -> Path:
         return resolve(model, progress=stages)
 
 
-def open_engine(model: str, **options: Any) -> Engine:
+def open_engine(model: str, device: str = "cpu", **options: Any) -> Engine:
     """An `Engine` on whatever MODEL names."""
     from hybridlm.engine import Engine
+    from hybridlm.engine.device import choose
 
-    return Engine.open(resolved(model), **options)
+    device = choose(device)
+    return Engine.open(resolved(model, device), device, **options)
 
 
 def print_json(figures: dict[str, Any]) -> None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybridlm.cli._common import JsonOption, KVOption, ThreadsOption, count, peak_rss_bytes, print_json, resolved, size
+from hybridlm.cli._common import (
+    DeviceOption,
+    JsonOption,
+    KVOption,
+    ThreadsOption,
+    count,
+    open_engine,
+    peak_rss_bytes,
+    print_json,
+    size,
+)
 
 if TYPE_CHECKING:
     from hybridlm.engine import Engine
@@ -30,9 +40,10 @@ def command(
                                                                           "text: 0,4096,8192.")] = None,
     repeat: Annotated[int, typer.Option("--repeat", "-r", min=1, help="Times to measure; the median counts.")] = 3,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Also measure the machine: memory bandwidth and "
-                                                                   "8-bit arithmetic.")] = True,
+                                                                   "8-bit arithmetic; not of a GPU.")] = True,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure prefill and decode speed and memory, of a model or of random weights of a preset.
@@ -49,16 +60,18 @@ def command(
         from hybridlm.config import HybridConfig
 
         config = HybridConfig.preset(preset)
-        opened = Engine.random(config, type, threads=threads, kv_type=kv_type, context=context, cache_bytes=0)
+        opened = Engine.random(config, type, threads=threads, kv_type=kv_type, context=context, cache_bytes=0,
+                               device=device)
     else:
-        opened = Engine.open(resolved(str(model)), threads=threads, kv_type=kv_type, context=context, cache_bytes=0)
+        opened = open_engine(str(model), device, threads=threads, kv_type=kv_type, context=context, cache_bytes=0)
     with opened as engine:
         figures = measure(engine, prompt, generate, repeat)
-        figures |= {"model": f"random weights of {preset}, {type}" if preset else engine.name,
-                    "parameters": engine.config.num_parameters(), "kv_type": kv_type}
+        on_gpu = engine.device != "cpu"
+        figures |= {"model": f"random weights of {preset}, {'bf16' if on_gpu else type}" if preset else engine.name,
+                    "parameters": engine.config.num_parameters(), "kv_type": engine.layout.kv_type}
         if depths:
             figures["contexts"] = over_contexts(engine, depths, generate)
-        if probe:
+        if probe and not on_gpu:
             figures |= machine()
     if json:
         print_json(figures)
@@ -69,8 +82,6 @@ def command(
 def measure(engine: Engine, prompt: int, generate: int, repeat: int) -> dict[str, Any]:
     """Read `prompt` random tokens, then generate `generate` greedily one at a time; `repeat` times."""
     import numpy as np
-
-    from hybridlm import native
 
     tokens = np.random.default_rng(0).integers(0, engine.config.vocab_size, prompt).astype(np.int32)
     engine.session().prefill(tokens[: min(prompt, 16)])  # map the weights, start the threads
@@ -92,8 +103,7 @@ def measure(engine: Engine, prompt: int, generate: int, repeat: int) -> dict[str
         "decode_bytes_per_s": per_token * generate / median(steps),
         "state_bytes": engine.layout.fixed_bytes,
         "peak_rss_bytes": peak_rss_bytes(),
-        "threads": native.threads(),
-        "isa": native.isa(),
+        **_device(engine),
         "prefill_flop_per_token": FLOP_A_WEIGHT * prompt_weights(engine),
         "prompt_tokens": prompt,
         "generated_tokens": generate,
@@ -163,7 +173,7 @@ def show(f: dict[str, Any]) -> None:
             if peak := f[key]:
                 table.add_row(name, f"{peak / 1e12:.2f} TOPS (prefill reaches {prefill_ops / peak:.0%})")
     table.add_row("peak memory", size(f["peak_rss_bytes"]))
-    table.add_row("threads", f"{f['threads']}, {f['isa']}")
+    table.add_row("device", f["device"] if f["device"] != "cpu" else f"{f['threads']} threads, {f['isa']}")
     Console().print(table)
     if "contexts" in f:
         depths = Table("context", "prefill up to there", "decode", "moved for a token", *["share"] if limit else [])
@@ -183,6 +193,14 @@ def _depths(text: str | None) -> list[int]:
     except ValueError:
         raise typer.BadParameter("give token counts, commas between: 0,4096,8192", param_hint="--contexts") from None
     return depths
+
+
+def _device(engine: Engine) -> dict[str, Any]:
+    if engine.device != "cpu":
+        return {"device": engine.device}
+    from hybridlm import native
+
+    return {"device": engine.device, "threads": native.threads(), "isa": native.isa()}
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -18,6 +18,8 @@ import typer
 
 from hybridlm.cli._common import (
     ContextOption,
+    DeviceOption,
+    DraftOption,
     KVOption,
     MinPOption,
     ModelArgument,
@@ -64,17 +66,23 @@ def command(
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    draft: DraftOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     context: ContextOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
 ) -> None:
     """Talk with a model in the terminal; /help lists what you can do there.
 
     hybridlm chat models/hybridlm-tiny-q8_0.gguf
     """
-    with open_engine(model, threads=threads, context=context, kv_type=kv_type) as engine:
+    machine: dict[str, Any] = {"device": device, "threads": threads, "context": context, "kv_type": kv_type}
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(open_engine(model, **machine))
+        guesser = stack.enter_context(open_engine(draft, **machine, cache_bytes=0)) if draft else False
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-                   "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
+                   "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+                   "speculative": guesser}
         talk = Talk(engine, options) if engine.chat_template is not None else Text(engine, options)
         if system is not None:
             talk.set_system(system)

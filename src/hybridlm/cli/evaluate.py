@@ -46,7 +46,7 @@ def command(
     text: Annotated[str, typer.Option("--text", help="For bpb: the field of JSON lines and Parquet that holds text.")]
     = "text",
     threads: ThreadsOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure a model on benchmarks in a folder, or on your own text.
@@ -167,7 +167,7 @@ def _list() -> None:
     print("\nNAME:FORM chooses a form, the first one otherwise. hybridlm eval mmlu,piqa MODEL --data DIR --out DIR")
 
 
-def _bpb(model: str, files: list[Path], text: str, context: int | None, threads: int | None, kv_type: str,
+def _bpb(model: str, files: list[Path], text: str, context: int | None, threads: int | None, kv_type: str | None,
          json: bool) -> None:
     """Bits per byte of text: lower is better, and models with different tokenizers compare."""
     from hybridlm.cli._progress import Stages

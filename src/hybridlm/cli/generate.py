@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hybridlm.cli._common import (
     ContextOption,
+    DeviceOption,
+    DraftOption,
     JsonOption,
     KVOption,
     MinPOption,
@@ -49,9 +52,11 @@ def command(
     min_p: MinPOption = 0.0,
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    draft: DraftOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     context: ContextOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
 ) -> None:
     """Continue a prompt, streaming the text.
 
@@ -61,10 +66,13 @@ def command(
         if sys.stdin.isatty():
             raise typer.BadParameter("give a prompt, or text on stdin", param_hint="PROMPT")
         prompt = sys.stdin.read()
-    with open_engine(model, threads=threads, context=context, kv_type=kv_type) as engine:
+    machine: dict[str, Any] = {"device": device, "threads": threads, "context": context, "kv_type": kv_type}
+    with ExitStack() as stack:
+        engine = stack.enter_context(open_engine(model, **machine))
+        guesser = stack.enter_context(open_engine(draft, **machine, cache_bytes=0)) if draft else False
         options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop or (), "temperature": temperature,
                                    "top_k": top_k, "top_p": top_p, "min_p": min_p,
-                                   "repetition_penalty": repetition_penalty, "seed": seed}
+                                   "repetition_penalty": repetition_penalty, "seed": seed, "speculative": guesser}
         if chat and engine.chat_template is not None and (end := turn_end(engine)):
             options["stop"] = (*options["stop"], end)
         generation = (engine.chat([{"role": "user", "content": prompt}], **options) if chat

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridlm.cli._common import ContextOption, KVOption, ThreadsOption, note, resolved
+from hybridlm.cli._common import ContextOption, DeviceOption, KVOption, ThreadsOption, note, resolved
 from hybridlm.errors import HybridLMError
 
 _SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "k": 10**3, "m": 10**6, "g": 10**9, "": 1}
@@ -68,8 +68,12 @@ def command(
                           panel="Prefix cache")] = False,
     cache_dir: Annotated[Path | None, _option("--cache-dir", help="The folder for --keep-cache; prefix-cache in the "
                          "store's folder when left out.", panel="Prefix cache")] = None,
-    save_every: Annotated[float, _option("--save-every", min=1, help="Seconds between savings of the cache while the "
-                          "server runs; it is saved at the end too.", panel="Prefix cache")] = 300,
+    cache_disk: Annotated[str, _option("--cache-disk", help="Disk space for --keep-cache, of each model. What has to "
+                          "leave memory goes there and comes back when a prompt begins with it.",
+                          panel="Prefix cache")] = "16GB",
+    save_every: Annotated[float, _option("--save-every", min=1, help="Seconds between savings, while the server runs, "
+                          "of what the cache has in memory only; that is saved at the end too.",
+                          panel="Prefix cache")] = 300,
     memory: Annotated[str | None, _option("--memory", help="Memory for open models with their caches: to open another "
                       "one, idle ones are closed. Half of the machine's when left out.", panel="Models")] = None,
     idle: Annotated[float, _option("--idle", min=0, help="Seconds after which an unused model is closed (never the "
@@ -77,10 +81,10 @@ def command(
     chat_template: Annotated[str | None, _option("--chat-template", help="For models without one: chatml, or a file "
                              "with a Jinja template. A model that was not taught to chat answers poorly.",
                              panel="Models")] = None,
-    device: Annotated[str, _option("--device", help="cpu or cuda.", panel="Machine")] = "cpu",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     context: ContextOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
     grace: Annotated[float, _option("--grace", min=0, help="Seconds that running outputs get when the server is told "
                                     "to stop.", panel="Machine")] = 30,
     log: Annotated[str, _option("--log", help="Form of the log on stderr: text or json. It names models, sizes and "
@@ -90,6 +94,7 @@ def command(
 
     hybridlm serve models/hybridlm-tiny-q8_0.gguf
     """
+    from hybridlm.engine.device import choose
     from hybridlm.server.guard import is_loopback
     from hybridlm.server.run import run
     from hybridlm.server.settings import Settings
@@ -99,11 +104,12 @@ def command(
         raise typer.BadParameter("text or json", param_hint="--log")
     keys = tuple(k for group in api_key or () for k in group.split())
     settings = Settings(
-        device=device, threads=threads, kv_type=kv_type, context=context, chat_template=_template(chat_template),
+        device=choose(device), threads=threads, kv_type=kv_type, context=context,
+        chat_template=_template(chat_template),
         model_bytes=None if memory is None else _size(memory), idle_seconds=idle,
         cache_bytes=None if cache is None else _size(cache),
         cache_folder=(cache_dir or home() / "prefix-cache") if keep_cache or cache_dir else None,
-        cache_save_seconds=save_every, running=parallel, waiting=queue,
+        cache_disk_bytes=_size(cache_disk), cache_save_seconds=save_every, running=parallel, waiting=queue,
         state_bytes=None if state_memory is None else _size(state_memory), request_seconds=timeout,
         max_tokens=max_tokens, shutdown_seconds=grace, host=host, port=port, api_keys=keys, cors=tuple(cors or ()),
         hosts=tuple(allow_host or ()), rate=rate, body_bytes=_size(max_body), log=log)
@@ -121,9 +127,9 @@ def _models(names: list[str], settings: Any) -> list[Any]:
         alias, sign, model = text.partition("=")
         if not sign or "/" in alias or os.sep in alias:
             alias, model = "", text
-        path = resolved(model)
+        path = resolved(model, settings.device)
         found.append(Model(alias or (path.stem if Path(model).exists() else model), opener(path, settings),
-                           path.stat().st_size, path.stat().st_mtime, pinned=not found))
+                           _nbytes(path), path.stat().st_mtime, pinned=not found))
     if not names:
         found = [Model(e.name, opener(e.path, settings), e.nbytes, e.modified) for e in entries()]
         if not found:
@@ -132,6 +138,10 @@ def _models(names: list[str], settings: Any) -> list[Any]:
     if len({m.name for m in found}) < len(found):
         raise HybridLMError("two models have one name; give them names as NAME=MODEL")
     return found
+
+
+def _nbytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
 
 
 def _template(text: str | None) -> str | None:

@@ -34,7 +34,7 @@ def command(
     device: Annotated[str, typer.Option("--device", help="cpu, or cuda: then the GPU engine's ways to read are "
                                                          "compared.")] = "cpu",
     threads: ThreadsOption = None,
-    kv_type: KVOption = "f16",
+    kv_type: KVOption = None,
     json: JsonOption = False,
 ) -> int:
     """Check that all ways to compute a model's output agree; exit status 0 when they do.
@@ -51,15 +51,17 @@ def command(
     """
     from hybridlm.cli._progress import Stages
     from hybridlm.engine import Engine
+    from hybridlm.engine.device import choose
     from hybridlm.evals.agreement import compare
 
+    device = choose(device)
     gpu = device.startswith("cuda")
     with ExitStack() as stack, Stages() as stages:
         file = resolved(model)
 
         def opened(path: Path, **options: Any) -> Engine:
-            own = {"kv_type": kv_type} if not gpu or kv_type != "f16" else {}  # a GPU's own choice is bf16
-            return stack.enter_context(Engine.open(path, device, threads=threads, cache_bytes=0, **{**own, **options}))
+            own = {"kv_type": kv_type, "threads": threads, "cache_bytes": 0}
+            return stack.enter_context(Engine.open(path, device, **{**own, **options}))
 
         engine = opened(file)
         texts = [_read(text, engine, length)] if text else _own(engine, length)

@@ -20,6 +20,7 @@ import numpy as np
 
 from hybridlm.config import HybridConfig
 from hybridlm.engine.chat import Said, chat_prompt
+from hybridlm.engine.device import choose, kind_of
 from hybridlm.engine.generate import Generation
 from hybridlm.engine.layout import Layout
 from hybridlm.engine.passes import SLAB, Part, Passes
@@ -70,7 +71,8 @@ class Engine:
         """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
 
         Args:
-            device: "cpu", or "cuda" (or "cuda:1"), which takes Hugging Face folders too and turns weights to bfloat16.
+            device: "cpu", or "cuda" (or "cuda:1"), which takes Hugging Face folders too and turns weights to bfloat16;
+                "auto" is a GPU where there is one.
             threads: that work on a pass; None leaves the native core's choice, all cores. One setting per process.
             kv_type: how attention keeps keys and values: "f32", "f16" (what None is on a processor), "q8_0" (half of
                 f16), or on a GPU "bf16" (what None is there).
@@ -82,7 +84,8 @@ class Engine:
 
         Raises `FormatError` for a file that is no such model, `HybridLMError` for options that cannot be.
         """
-        if _device(device) == "cuda":
+        device = choose(device)
+        if kind_of(device) == "cuda":
             from hybridlm.engine.cuda_open import open_engine
 
             return open_engine(cls, path, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
@@ -115,7 +118,8 @@ class Engine:
 
         On a GPU the type is bfloat16, whatever `type` says.
         """
-        if _device(device) == "cuda":
+        device = choose(device)
+        if kind_of(device) == "cuda":
             from hybridlm.engine.cuda_open import random_engine
 
             return random_engine(cls, config, seed, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
@@ -284,12 +288,13 @@ class Engine:
         session = Session(self, checkpoint.clone())
         return session, session.position
 
-    def save_cache(self, path: str | Path) -> None:
-        """Write the prefix cache to a file."""
-        self.cache.save(path, repr(self.layout))
+    def keep_cache(self, folder: str | Path, budget: int) -> int:
+        """Give the prefix cache a second tier of `budget` bytes in a folder: checkpoints that have to leave memory go
+        there and come back when they are needed, in a later process too (`cache.flush()` writes all of them, as
+        `close` does). Returns how many the folder has for this model, as the bytes of its tensors and the form of its
+        states tell. Raises `HybridLMError` where the folder cannot be used."""
+        from hybridlm.engine.disk_tier import DiskTier
 
-    def load_cache(self, path: str | Path) -> int:
-        """Add what `save_cache` wrote for the same model; returns the number of checkpoints, 0 if it does not fit."""
         like = self._ops.state()
 
         def rebuild(tokens: list[int], own: bytes, blocks: list[Any]) -> State:
@@ -297,7 +302,8 @@ class Engine:
                 raise ValueError
             return like.rebuilt(tokens, own, blocks)
 
-        return self.cache.load(path, repr(self.layout), like.block_of, rebuild)
+        return self.cache.keep_on_disk(DiskTier(folder, repr(self.layout), budget, like.block_of, rebuild,
+                                               self._passes.lock))
 
     def step(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]], every: bool = False,
              trial: bool = False) -> np.ndarray:
@@ -331,7 +337,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the model file and the cache. The engine and its sessions must not be used afterwards."""
-        self.cache.clear()
+        self.cache.close()
         if self._file is not None:
             self._file.close()
 
@@ -372,18 +378,6 @@ class Engine:
         if not parts:
             raise HybridLMError("batch: empty; give at least one session with its tokens")
         return parts
-
-
-def _device(device: str) -> str:
-    from importlib.util import find_spec
-
-    kind = str(device).split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise HybridLMError(f'device: {device!r} is unknown; use "cpu" or "cuda"')
-    missing = [name for name in ("torch", "triton") if kind == "cuda" and find_spec(name) is None]
-    if missing:
-        raise HybridLMError(f'device: a GPU needs {missing[0]}, which is not installed; pip install "hybridlm[gpu]"')
-    return kind
 
 
 def _host_kv(kv_type: str | None) -> str:

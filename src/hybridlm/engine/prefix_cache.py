@@ -13,36 +13,31 @@ old ones go first, and dense ones before sparse ones: a long prompt thins out ev
 The cache knows nothing about devices. Whatever an engine stores has the members of `Checkpoint`; nothing here looks
 inside, changes or copies one, and who takes one out must clone it before going on from it.
 
-On disk each block is written once, and every part has its own checksum. What is damaged, or from another model, is
-not loaded; that costs time, never correctness.
+A second tier on a disk (`keep_on_disk`, `disk_tier.py`) takes what is evicted, and at `flush` what is not yet there;
+its checkpoints have their places in the same tree and come back when a prompt passes them, after a restart too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import itertools
-import json
-import os
+import queue
 import random
-import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hybridlm.atomic import atomic_write
+if TYPE_CHECKING:
+    from hybridlm.engine.disk_tier import DiskTier, Stored
 
 __all__ = ["Checkpoint", "PrefixCache", "Stats"]
 
-_MAGIC, _VERSION = b"hlmcache", 2
-_PREFIX = struct.Struct("<8sIQ32s")  # magic, version, bytes of the index, sha256 of the index
-_MAX_INDEX = 1 << 30
 _LOOK = 512  # checkpoints looked at for one to evict, of more a sample: thousands would take longer than it saves
+_SPILLING = 2  # evicted checkpoints on their way to the disk; more are let go, as memory is for those in use
+_WORTH_READING = 32  # tokens that a checkpoint on the disk must save over one in memory
 _MOST_USES = 8  # counted for worth, so that yesterday's favourite does not stay for ever
 
 
@@ -77,18 +72,23 @@ class Stats:
     reused_tokens: int = 0
     stored: int = 0
     evicted: int = 0
+    spilled: int = 0  # written to the disk
+    reloaded: int = 0  # read from there
+    lost: int = 0  # found damaged there, or not to be written
 
 
 class _Node:
-    """A place in the tree: the tokens from its parent's place to its own, and perhaps a checkpoint."""
+    """A place in the tree: the tokens from its parent's place to its own, and perhaps a checkpoint, in memory or on the
+    disk or both."""
 
-    __slots__ = ("children", "clock", "depth", "edge", "entry", "parent", "used", "uses")
+    __slots__ = ("children", "clock", "depth", "edge", "entry", "parent", "stored", "used", "uses")
 
     def __init__(self, parent: _Node | None, edge: np.ndarray) -> None:
         self.parent, self.edge = parent, edge
         self.depth: int = len(edge) + (parent.depth if parent else 0)
         self.children: dict[int, _Node] = {}
         self.entry: Any = None
+        self.stored: Stored | None = None
         self.uses = 0  # its making counts
         self.clock = 0.0  # of GreedyDual, when it was last of use
         self.used = 0  # a serial number of that use, to settle ties
@@ -109,6 +109,10 @@ class PrefixCache:
         self._serial = itertools.count(1)
         self._random = random.Random(0)
         self._lock = threading.RLock()
+        self.disk: DiskTier | None = None
+        self._writing = threading.Lock()  # one writes to the disk at a time
+        self._spilling: queue.Queue[Any] = queue.Queue(_SPILLING)
+        self._spiller: threading.Thread | None = None
 
     # -- use -----------------------------------------------------------------------------------------------------
 
@@ -128,24 +132,24 @@ class PrefixCache:
     def find(self, tokens: Sequence[int]) -> Any | None:
         """The checkpoint that has read the longest prefix of `tokens` (perhaps all), or None. Clone it before use."""
         with self._lock:
-            path, best = self._walk(np.asarray(tokens, dtype=np.int32)), None
-            for node, matched in path:
-                if node.entry is not None and matched == len(node.edge):
-                    best = node
             self.stats.lookups += 1
             self.stats.asked_tokens += len(tokens)
+            best = self._best(np.asarray(tokens, dtype=np.int32))
             if best is None:
                 return None
             self.stats.hits += 1
             self.stats.reused_tokens += best.depth
             self._touch(best)
+            if best.stored is not None and self.disk is not None:
+                self.disk.use(best.stored)
             return best.entry
 
     def covered(self, tokens: Sequence[int]) -> int:
         """How many tokens `find` would save; changes nothing."""
         with self._lock:
-            return max((node.depth for node, matched in self._walk(np.asarray(tokens, dtype=np.int32))
-                        if node.entry is not None and matched == len(node.edge)), default=0)
+            memory, disk = self._along(np.asarray(tokens, dtype=np.int32))
+            near = memory.depth if memory else 0
+            return disk[-1].depth if disk and disk[-1].depth - near >= _WORTH_READING else near
 
     def put(self, checkpoint: Any) -> bool:
         """Keep a checkpoint, which from now on must not change. False where one with the same tokens is there already
@@ -162,24 +166,58 @@ class PrefixCache:
             if node.entry is not None:
                 self._touch(node)
                 return False
-            node.entry = checkpoint
-            self._nodes.add(node)
-            self._touch(node)
-            self._nbytes += checkpoint.own_nbytes
-            for block in checkpoint.blocks():
-                held = self._blocks.setdefault(id(block), [block, 0])
-                held[1] += 1
-                if held[1] == 1:
-                    self._nbytes += block.nbytes
+            self._hold(node, checkpoint)
             self.stats.stored += 1
-            self._shrink(keep=node)
             return True
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything that is in memory."""
         with self._lock:
             for node in list(self._nodes):
                 self._remove(node)
+
+    def _hold(self, node: _Node, checkpoint: Any) -> None:
+        node.entry = checkpoint
+        self._nodes.add(node)
+        self._touch(node)
+        self._nbytes += checkpoint.own_nbytes
+        for block in checkpoint.blocks():
+            held = self._blocks.setdefault(id(block), [block, 0])
+            held[1] += 1
+            if held[1] == 1:
+                self._nbytes += block.nbytes
+        self._shrink(keep=node)
+
+    def _along(self, tokens: np.ndarray) -> tuple[_Node | None, list[_Node]]:
+        """The deepest node along `tokens` with a checkpoint in memory, and those below it with one on the disk."""
+        memory: _Node | None = None
+        disk: list[_Node] = []
+        for node, matched in self._walk(tokens):
+            if matched < len(node.edge):
+                break
+            if node.entry is not None:
+                memory, disk = node, []
+            elif node.stored is not None:
+                disk.append(node)
+        return memory, disk
+
+    def _best(self, tokens: np.ndarray) -> _Node | None:
+        """The deepest node along `tokens` whose checkpoint can be had, now in memory."""
+        memory, disk = self._along(tokens)
+        while disk and disk[-1].depth - (memory.depth if memory else 0) >= _WORTH_READING:
+            node = disk.pop()
+            stored = node.stored
+            assert stored is not None and self.disk is not None
+            try:
+                entry = self.disk.read(stored)
+            except (OSError, ValueError):
+                self.stats.lost += 1
+                self._unstore([stored])
+                continue
+            self.stats.reloaded += 1
+            self._hold(node, entry)
+            return node
+        return memory
 
     # -- tree ----------------------------------------------------------------------------------------------------
 
@@ -227,7 +265,7 @@ class PrefixCache:
 
     def _remove(self, node: _Node) -> None:
         """Drop a node's checkpoint, and what of the tree only led to it."""
-        entry, node.entry, node.uses = node.entry, None, 0
+        entry, node.entry, node.uses = node.entry, None, 0  # with what may be on the disk it stays a place
         self._nodes.discard(node)
         self._nbytes -= entry.own_nbytes
         for block in entry.blocks():
@@ -236,7 +274,11 @@ class PrefixCache:
             if not held[1]:
                 del self._blocks[id(block)]
                 self._nbytes -= block.nbytes
-        while node.entry is None and node.parent is not None and len(node.children) < 2:
+        self._prune(node)
+
+    def _prune(self, node: _Node) -> None:
+        """Drop what of the tree only led to this node, if it serves nothing."""
+        while node.entry is None and node.stored is None and node.parent is not None and len(node.children) < 2:
             parent = node.parent
             if node.children:  # one child: its edge swallows this one
                 (child,) = node.children.values()
@@ -264,95 +306,81 @@ class PrefixCache:
             worth, _, node = min(((self._worth(n), n.used, n) for n in nodes if n is not keep),
                                  key=lambda item: item[:2])
             self._clock = max(self._clock, worth)
+            if self.disk is not None and node.stored is None:
+                with contextlib.suppress(queue.Full):
+                    self._spilling.put_nowait(node.entry)
             self._remove(node)
             self.stats.evicted += 1
 
     # -- disk ----------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, fingerprint: str) -> None:
-        """Write all checkpoints into one file, whole or not at all; `fingerprint` says to which model they belong."""
+    def keep_on_disk(self, tier: DiskTier) -> int:
+        """From now on evicted checkpoints go there; what it has from earlier can be found. Returns how many it has."""
         with self._lock:
-            entries = list(self)
-        parts: list[Callable[[], Sequence[Any]]] = []  # each gives the buffers it consists of
-        numbers: dict[int, int] = {}
-        index: list[dict[str, Any]] = []
-        for entry in entries:
-            blocks = []
-            for block in entry.blocks():
-                if id(block) not in numbers:
-                    numbers[id(block)] = len(parts)
-                    parts.append(functools.partial(_buffers, entry, block))
-                blocks.append(numbers[id(block)])
-            index.append({"tokens": [int(t) for t in entry.tokens], "blocks": blocks, "own": len(parts)})
-            parts.append(entry.own_parts)
+            self.disk = tier
+            for stored in tier.scan():
+                if len(stored.tokens):
+                    self._place(stored.tokens).stored = stored
+        self._spiller = threading.Thread(target=self._spill, args=(tier,), name="hybridlm-spill", daemon=True)
+        self._spiller.start()
+        return len(tier)
 
-        with atomic_write(path) as file:
-            file.write(bytes(_PREFIX.size))
-            table: list[tuple[int, int, str]] = []
-            for part in parts:
-                digest, offset = hashlib.sha256(), file.tell()
-                for buffer in part():
-                    digest.update(buffer)
-                    file.write(buffer)
-                table.append((offset, file.tell() - offset, digest.hexdigest()))
-            body = json.dumps({"fingerprint": fingerprint, "entries": index, "parts": table},
-                              separators=(",", ":")).encode()
-            file.write(body)
-            file.seek(0)
-            file.write(_PREFIX.pack(_MAGIC, _VERSION, len(body), hashlib.sha256(body).digest()))
+    def flush(self) -> int:
+        """Write what is in memory only, of the most recently useful as many as the disk's budget can hold; returns how
+        many were written."""
+        tier, missing = self.disk, []
+        seen: set[int] = set()
+        if tier is None:
+            return 0
+        with self._lock:
+            room = tier.budget * 4 // 5  # what goes beyond would push out what was written just now
+            for node in sorted(self._nodes, key=lambda node: node.used, reverse=True):
+                new = {id(block): block.nbytes for block in node.entry.blocks() if id(block) not in seen}
+                room -= node.entry.own_nbytes + sum(new.values())
+                if room < 0:
+                    break
+                seen.update(new)
+                if node.stored is None:
+                    missing.append(node.entry)
+        return sum(self._store(tier, entry) for entry in reversed(missing))
 
-    def load(self, path: str | Path, fingerprint: str, block: Callable[[bytes], Any],
-             rebuild: Callable[[list[int], bytes, list[Any]], Any]) -> int:
-        """Add the checkpoints of a saved file, the most recently useful ones where not all fit; returns how many.
+    def close(self) -> None:
+        """Write what is to be written, forget everything, let go of the folder."""
+        self.flush()
+        self.clear()
+        if self.disk is not None and self._spiller is not None:
+            self._spilling.put(None)
+            self._spiller.join()
+            self.disk.close()
+            self.disk = None
 
-        `block(data)` makes a shared block, `rebuild(tokens, own, blocks)` a checkpoint; either raises ValueError for
-        data that cannot be one. A file that is missing, damaged or of another model gives what is sound in it, down
-        to nothing.
-        """
-        loaded: list[Any] = []
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError), \
-                Path(path).open("rb") as file:
-            magic, version, size, digest = _PREFIX.unpack(file.read(_PREFIX.size).ljust(_PREFIX.size))
-            end = file.seek(0, os.SEEK_END)
-            if magic != _MAGIC or version != _VERSION or size > min(end, _MAX_INDEX):
-                return 0
-            file.seek(end - size)
-            body = file.read(size)
-            if hashlib.sha256(body).digest() != digest:
-                return 0
-            index = json.loads(body)
-            if index["fingerprint"] != fingerprint:
-                return 0
-            loaded = self._load_entries(file, end, index, block, rebuild)
-        return sum(self.put(entry) for entry in reversed(loaded))
+    def _spill(self, tier: DiskTier) -> None:
+        """The thread that writes what is evicted, so that nobody waits for a disk."""
+        while (entry := self._spilling.get()) is not None:
+            try:
+                self._store(tier, entry)
+            except Exception:  # a device that failed, perhaps: what cannot be written is let go, as without a disk
+                self.stats.lost += 1
+            del entry
+            self._spilling.task_done()
 
-    def _load_entries(self, file: Any, end: int, index: dict[str, Any], block: Callable[[bytes], Any],
-                      rebuild: Callable[[list[int], bytes, list[Any]], Any]) -> list[Any]:
-        """Sound entries, the most recently useful first, up to the budget."""
+    def _store(self, tier: DiskTier, entry: Any) -> bool:
+        with self._writing:
+            stored = tier.write(entry)
+            if stored is None:
+                return False
+            with self._lock:
+                self.stats.spilled += 1
+                self._place(stored.tokens).stored = stored
+                self._unstore(tier.add(stored))
+        return True
 
-        def read(number: int) -> bytes:
-            offset, size, digest = index["parts"][number]
-            if not 0 <= offset <= offset + size <= end:
-                raise ValueError
-            file.seek(offset)
-            data: bytes = file.read(size)
-            if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-                raise ValueError
-            return data
-
-        loaded: list[Any] = []
-        made: dict[int, Any] = {}
-        room = self.budget - self._nbytes
-        for entry in reversed(index["entries"]):
-            missing = [n for n in dict.fromkeys(entry["blocks"]) if n not in made]
-            room -= sum(index["parts"][n][1] for n in [*missing, entry["own"]])
-            if room < 0 and loaded:
-                break
-            with contextlib.suppress(ValueError):
-                made.update({n: block(read(n)) for n in missing})
-                loaded.append(rebuild(entry["tokens"], read(entry["own"]), [made[n] for n in entry["blocks"]]))
-        return loaded
-
-
-def _buffers(entry: Any, block: Any) -> Sequence[Any]:
-    return [entry.block_bytes(block)]
+    def _unstore(self, gone: Sequence[Stored]) -> None:
+        """Checkpoints that are not on the disk any more, or should not be."""
+        for stored in gone:
+            if self.disk is not None:
+                self.disk.drop(stored)
+            path = self._walk(stored.tokens)
+            if path and path[-1][0].stored is stored:
+                path[-1][0].stored = None
+                self._prune(path[-1][0])

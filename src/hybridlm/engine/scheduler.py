@@ -377,6 +377,9 @@ class Scheduler:
             if room <= 0:
                 break
             if not stream.writer.begun:
+                # Begun when it can be read: a state that waits takes memory, and what it may reuse is still to come.
+                if min(self.step, stream._work) > room:
+                    continue
                 full = full or (running > 0 and (running >= self.running
                                                  or self._held_bytes + stream._bytes > self.state_bytes))
                 # Nobody begins before who waits for memory, or large ones would wait for ever.

@@ -16,9 +16,11 @@ anything.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,6 +37,7 @@ __all__ = ["Pages", "State", "Trial"]
 _MAGIC, _VERSION = b"hlmstate", 2
 _PREFIX = struct.Struct("<8sII")  # magic, version, header bytes
 _MAX_HEADER = 1 << 28
+_MAPPED = 1 << 16  # bytes from which memory is mapped
 
 
 class Pages:
@@ -323,7 +326,14 @@ class Trial:
 
 
 def _bytes(count: int) -> np.ndarray:
-    """Zeroed bytes from a multiple of 64 on. Zeroed, so that no kernel meets a NaN in a page's unused rows."""
+    """Zeroed bytes from a multiple of 64 on. Zeroed, so that no kernel meets a NaN in a page's unused rows.
+
+    Large ones are mapped, each for itself, so that the system has them back when they are let go. From the heap, where
+    states of many ages lie among each other, next to nothing would ever come back.
+    """
+    if count >= _MAPPED and hasattr(mmap, "MAP_PRIVATE"):
+        with contextlib.suppress(OSError):  # the number of mappings is limited
+            return np.frombuffer(mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
     raw = np.zeros(count + 64, np.uint8)
     start = -int(raw.__array_interface__["data"][0]) % 64
     return raw[start:start + count]

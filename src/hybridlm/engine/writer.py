@@ -184,6 +184,7 @@ class Writer:
         """Nothing more will be read or written: the state goes into the prefix cache, the text into memory."""
         if self._session is not None:
             self._store(LEAST_GAP, final=True)
+            self._session = None  # who looks at the output still need not hold its state
         self._remember()
 
     def _rest(self) -> str:

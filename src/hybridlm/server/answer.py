@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -15,10 +16,10 @@ from hybridlm.engine.scheduler import Stream, TimedOut
 from hybridlm.engine.writer import Piece, Writer
 from hybridlm.errors import HybridLMError
 from hybridlm.server.ask import Ask
-from hybridlm.server.constraint import tools_grammar
+from hybridlm.server.constraint import ConstraintError, tools_grammar
 from hybridlm.server.errors import ApiError
 from hybridlm.server.models import Loaded
-from hybridlm.server.tools import THINK, THOUGHT, Splitter, with_tools
+from hybridlm.server.tools import OPEN, THINK, THOUGHT, Splitter, with_tools
 
 __all__ = ["Answer", "Part", "Usage", "arguments_of", "count_tokens"]
 
@@ -139,7 +140,7 @@ def _prepare(loaded: Loaded, ask: Ask) -> tuple[Writer, Splitter]:
         tokens = engine.encode(ask.prompt)
     else:
         tokens = engine.encode(list(ask.prompt or ()))
-    after = THOUGHT if thinking else ""
+    after = (THOUGHT,) if thinking else ()
     constraint = None
     if tools and (ask.tool_choice == "required" or ask.tool_choice.startswith("=")):
         if ask.constraint:
@@ -148,6 +149,12 @@ def _prepare(loaded: Loaded, ask: Ask) -> tuple[Writer, Splitter]:
         constraint = loaded.grammar.matcher("lark", tools_grammar(loaded.grammar, tools, name), after=after)
     elif ask.constraint:
         constraint = loaded.grammar.matcher(*ask.constraint, after=after)
+    elif tools and ask.messages is not None:
+        # Free to call or not; once it does, the calls are proper ones. A schema that no grammar can be made of stays
+        # the model's own affair.
+        with contextlib.suppress(ConstraintError):
+            grammar = tools_grammar(loaded.grammar, tools, None, opened=True)
+            constraint = loaded.grammar.matcher("lark", grammar, after=(*after, OPEN))
     limits = [n for n in (ask.max_tokens, loaded.settings.max_tokens) if n is not None]
     ends = loaded.ends if ask.messages is not None else engine.eos
     writer = Writer(engine, tokens, Sampler(**ask.sampling), max_tokens=min(limits, default=None), stop=ask.stop,

@@ -92,6 +92,14 @@ class Metrics:
                 ("cache_budget_bytes", "gauge", "What it may hold.", lambda m: m.engine.cache.budget),
                 ("cache_checkpoints", "gauge", "In the prefix cache.", lambda m: len(m.engine.cache)),
                 ("cache_evictions_total", "counter", "Checkpoints let go.", lambda m: m.engine.cache.stats.evicted),
+                ("cache_disk_bytes", "gauge", "Of the prefix cache's files.",
+                 lambda m: m.engine.cache.disk.nbytes if m.engine.cache.disk else 0),
+                ("cache_disk_checkpoints", "gauge", "In them.",
+                 lambda m: len(m.engine.cache.disk) if m.engine.cache.disk else 0),
+                ("cache_spilled_total", "counter", "Checkpoints written to the disk.",
+                 lambda m: m.engine.cache.stats.spilled),
+                ("cache_reloaded_total", "counter", "Checkpoints read from it.",
+                 lambda m: m.engine.cache.stats.reloaded),
                 ("model_bytes", "gauge", "Of the model's file.", lambda m: m.engine.model_bytes)):
             family(name, kind, meaning, [f'hybridlm_{name}{{model="{_escaped(m.name)}"}} {value(m)}' for m in loaded])
         return "\n".join(lines) + "\n"

@@ -46,11 +46,12 @@ class Loaded:
         self.keep_seconds: float | None = None  # after the last use, as a client wished
         self._grammar: Grammar | None = None
         self._turn_end: tuple[int, ...] | None = None
-        self._saved = 0
-        if file := self.cache_file:
-            found = engine.load_cache(file)
-            self._saved = engine.cache.stats.stored
-            log.info("prefix cache loaded", extra={"data": {"model": name, "checkpoints": found}})
+        if folder := self.cache_folder:
+            try:
+                found = engine.keep_cache(folder, settings.cache_disk_bytes)
+                log.info("prefix cache found", extra={"data": {"model": name, "checkpoints": found}})
+            except HybridLMError as error:  # it serves all the same
+                log.warning("prefix cache not kept", extra={"data": {"model": name, "error": str(error)}})
 
     @property
     def can_chat(self) -> bool:
@@ -80,28 +81,15 @@ class Loaded:
         return (*self.engine.eos, *self._turn_end)
 
     @property
-    def cache_file(self) -> Path | None:
-        """Where the prefix cache outlives the process: a name of its own for each model and layout."""
-        if self.settings.cache_folder is None:
+    def cache_folder(self) -> Path | None:
+        """Where the prefix cache outlives the process: a folder of its own for each model and layout."""
+        if self.settings.cache_folder is None or not self.settings.cache_disk_bytes:
             return None
         key = hashlib.sha256(repr(self.engine.layout).encode()).hexdigest()[:16]
-        return self.settings.cache_folder / f"{''.join(c if c.isalnum() else '-' for c in self.name)}-{key}.cache"
-
-    def save_cache(self) -> None:
-        """Write the prefix cache, if anything has come in since the last time."""
-        stored = self.engine.cache.stats.stored
-        if (file := self.cache_file) and stored != self._saved:
-            self._saved = stored
-            try:  # what was said is for the server's user alone
-                file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self.engine.save_cache(file)
-                file.chmod(0o600)
-            except (HybridLMError, OSError) as error:
-                log.warning("prefix cache not saved", extra={"data": {"model": self.name, "error": str(error)}})
+        return self.settings.cache_folder / f"{''.join(c if c.isalnum() else '-' for c in self.name)}-{key}"
 
     def close(self, seconds: float = 0.0) -> None:
         self.scheduler.close(seconds)
-        self.save_cache()
         self.engine.close()
 
 
@@ -175,9 +163,7 @@ class Models:
                                                  "bytes": engine.model_bytes}})
 
     async def _make_room(self, model: Model) -> None:
-        from hybridlm.engine.engine import _memory
-
-        budget = self.settings.model_bytes or _memory() // 2
+        budget = self._budget()
         others = [m for m in self.all.values() if m.loaded is not None]
         for other in sorted(others, key=lambda m: m.loaded.used if m.loaded else 0):
             need = model.nbytes + sum(m.loaded.nbytes for m in others if m.loaded is not None)
@@ -188,6 +174,16 @@ class Models:
         if any(m.loaded is not None and m.loaded.users for m in others):
             raise ApiError(503, f"model: no memory for {model.name} while others are in use; try again later",
                            retry_after=10)
+
+    def _budget(self) -> int:
+        """Bytes for open models: what was set, or all that models may have of a GPU's memory, or half the machine's."""
+        from hybridlm.engine.engine import _memory
+
+        if self.settings.model_bytes:
+            return self.settings.model_bytes
+        if gpu := [m.engine for m in self.open if m.engine.device != "cpu"]:
+            return gpu[0].memory + sum(engine.model_bytes + engine.cache.nbytes for engine in gpu)
+        return _memory() // 2
 
     async def unload(self, model: Model) -> None:
         """Close a model that nobody uses."""
@@ -218,7 +214,7 @@ class Models:
                     await self.unload(model)
             if now - saved > self.settings.cache_save_seconds:
                 for loaded in self.open:
-                    await asyncio.to_thread(loaded.save_cache)
+                    await asyncio.to_thread(loaded.engine.cache.flush)
                 saved = time.monotonic()
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ class Settings:
     # models
     device: str = "cpu"
     threads: int | None = None
-    kv_type: str = "f16"
+    kv_type: str | None = None  # as the device likes best
     context: int | None = None
     chat_template: str | None = None  # "chatml", or a template's text, for models that have none
     model_bytes: int | None = None  # for open models; None is half of the machine's memory
@@ -23,6 +23,7 @@ class Settings:
     # prefix cache
     cache_bytes: int | None = None
     cache_folder: Path | None = None  # where it outlives the process; None keeps it in memory only
+    cache_disk_bytes: int = 16 * 10**9  # of each model
     cache_save_seconds: float = 300.0
     # scheduling
     running: int = 256
