@@ -116,65 +116,98 @@ __device__ __forceinline__ void move(const Parameters& p, float* states, unsigne
     }
 }
 
-__device__ __forceinline__ void prepare(const Parameters& p, Prepared* places, unsigned long long* full,
-                                        unsigned long long* empty) {
-    const int t = threadIdx.x - 32 * WARPS, warp = t / 32, lane = t % 32;
-    for (int n = 0, item = blockIdx.x; item < p.items; n++, item += gridDim.x) {
-        const int head = item % HV, row = item / HV, key_head = head / (HV / HK);
-        const bool real = p.recurrent[row];
-        Number* ring = (Number*)p.conv[row] + (long long)p.layer * W * CHANNELS;
-        const int now = p.positions[row] % W;
-        const auto channel = [&](int c) {  // of the c-th of this head's q, k and v
-            return c < K ? key_head * K + c : c < 2 * K ? (HK + key_head - 1) * K + c : 2 * (HK - 1) * K + head * V + c;
-        };
-        Number fresh[EACH];
-        float y[EACH], tap[EACH], weight[GATES], gate[GATES];
+struct Row {  // where an item's row has its memory
+    bool real;
+    int now;  // the place of its position in the ring
+    Number* ring;
+    __device__ Row(const Parameters& p, int item) {
+        const int row = min(item, p.items - 1) / HV;
+        real = p.recurrent[row] != 0;
+        now = p.positions[row] % W;
+        ring = (Number*)p.conv[row] + (long long)p.layer * W * CHANNELS;
+    }
+};
+
+__device__ __forceinline__ int channel(int head, int c) {  // of the c-th of this head's q, k and v
+    const int key_head = head / (HV / HK);
+    return c < K ? key_head * K + c : c < 2 * K ? (HK + key_head - 1) * K + c : 2 * (HK - 1) * K + head * V + c;
+}
+
+struct Raw {  // what a helper's thread needs of an item, on its way
+    Number fresh[EACH], past[EACH][W], gate[GATES], a, b;
+    float tap[EACH][W], weight[GATES], bias, rate;
+
+    __device__ void fetch_own(const Parameters& p, int item, const Row& row, int t) {  // of the layer and the past
+        const int head = item % HV;
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            const int c = t + j * HELP, part = c < K ? 0 : c < 2 * K ? 1 : 2;
-            if (c >= MIXED) continue;
-            const float* taps = (part == 0 ? p.taps_q : part == 1 ? p.taps_k - HK * K : p.taps_v - 2 * HK * K) + channel(c);
-            tap[j] = taps[(W - 1) * p.taps_stride];
-            y[j] = 0;
+            const int c = min(t + j * HELP, MIXED - 1), part = c < K ? 0 : c < 2 * K ? 1 : 2, at = channel(head, c);
+            const float* taps = part == 0 ? p.taps_q + at : part == 1 ? p.taps_k + at - HK * K : p.taps_v + at - 2 * HK * K;
+#pragma unroll
+            for (int i = 0; i < W; i++) tap[j][i] = taps[i * p.taps_stride];
 #pragma unroll
             for (int back = 1; back < W; back++) {
-                const int place = now >= back ? now - back : now - back + W;
-                if (real) y[j] += widen(ring[place * CHANNELS + channel(c)]) * taps[(W - 1 - back) * p.taps_stride];
+                const int place = row.now >= back ? row.now - back : row.now - back + W;
+                past[j][back] = row.real ? row.ring[place * CHANNELS + at] : Number(0);
             }
         }
 #pragma unroll
-        for (int j = 0; j < GATES; j++)
-            if (t + j * HELP < V) weight[j] = p.norm[t + j * HELP];
-        const float bias = p.dt_bias[head], rate = p.ssm_a[head];
-        if (n == 0) asm volatile("griddepcontrol.wait;" ::: "memory");  // what precedes may only now have written these:
+        for (int j = 0; j < GATES; j++) weight[j] = p.norm[min(t + j * HELP, V - 1)];
+        bias = p.dt_bias[head], rate = p.ssm_a[head];
+    }
+    __device__ void fetch_given(const Parameters& p, int item, int t) {  // what the kernel before this one has made
+        const int head = item % HV;
+        const long long row = item / HV * p.stride;
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            const int c = t + j * HELP, part = c < K ? 0 : c < 2 * K ? 1 : 2;
-            const Number* x = part == 0 ? p.q : part == 1 ? p.k - HK * K : p.v - 2 * HK * K;
-            if (c < MIXED) fresh[j] = x[row * p.stride + channel(c)];
+            const int c = min(t + j * HELP, MIXED - 1), part = c < K ? 0 : c < 2 * K ? 1 : 2, at = channel(head, c);
+            fresh[j] = part == 0 ? p.q[row + at] : part == 1 ? p.k[row + at - HK * K] : p.v[row + at - 2 * HK * K];
         }
 #pragma unroll
-        for (int j = 0; j < GATES; j++)
-            if (t + j * HELP < V) gate[j] = widen(p.gate[row * p.stride + head * V + t + j * HELP]);
-        const float rise = widen(p.a[row * p.stride + head]) + bias, strength = widen(p.b[row * p.stride + head]);
+        for (int j = 0; j < GATES; j++) gate[j] = p.gate[row + head * V + min(t + j * HELP, V - 1)];
+        a = p.a[row + head], b = p.b[row + head];
+    }
+};
 
+// Three items are under way: one is computed, the loads of the next one are, and the addresses of the one after it.
+__device__ __forceinline__ void prepare(const Parameters& p, Prepared* places, unsigned long long* full,
+                                        unsigned long long* empty) {
+    const int t = threadIdx.x - 32 * WARPS, warp = t / 32, lane = t % 32, step = gridDim.x;
+    int item = blockIdx.x;
+    Row row(p, item);
+    Raw raw;
+    raw.fetch_own(p, item, row, t);
+    Row after(p, item + step);
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // what precedes may only now have written q, k, v, a, b, gate
+    raw.fetch_given(p, item, t);
+    for (int n = 0; item < p.items; n++, item += step) {
+        Raw next;
+        const Row later(p, item + 2 * step);
+        if (item + step < p.items) {
+            next.fetch_own(p, item + step, after, t);
+            next.fetch_given(p, item + step, t);
+        }
+        const int head = item % HV;
         Prepared& to = places[n % 2];
         if (n > 1) wait_for(empty + n % 2, (n / 2 - 1) & 1);
-        if (real) {
+        if (row.real) {
 #pragma unroll
             for (int j = 0; j < EACH; j++) {
                 const int c = t + j * HELP;
                 if (c >= MIXED) continue;
+                float y = widen(raw.fresh[j]) * raw.tap[j][W - 1];
+#pragma unroll
+                for (int back = 1; back < W; back++) y += widen(raw.past[j][back]) * raw.tap[j][W - 1 - back];
                 if (c >= 2 * K || head % (HV / HK) == 0)  // nobody reads this place of the ring now
-                    ring[now * CHANNELS + channel(c)] = fresh[j];
-                const float mixed = silu(y[j] + widen(fresh[j]) * tap[j]);
-                if (c < K) to.kq[c].y = mixed;
-                else if (c < 2 * K) to.kq[c - K].x = mixed;
-                else to.v[c - 2 * K] = mixed;
+                    row.ring[row.now * CHANNELS + channel(head, c)] = raw.fresh[j];
+                y = silu(y);
+                if (c < K) to.kq[c].y = y;
+                else if (c < 2 * K) to.kq[c - K].x = y;
+                else to.v[c - 2 * K] = y;
             }
 #pragma unroll
             for (int j = 0; j < GATES; j++)
-                if (t + j * HELP < V) to.gate[t + j * HELP] = silu(gate[j]) * weight[j];
+                if (t + j * HELP < V) to.gate[t + j * HELP] = silu(widen(raw.gate[j])) * raw.weight[j];
             meet<3, HELP>();
             float sum = 0;  // a helper for each of the three
             for (int i = lane; i < K; i += 32) {
@@ -186,10 +219,11 @@ __device__ __forceinline__ void prepare(const Parameters& p, Prepared* places, u
             if (!lane) to.products[warp] = sum;
         }
         if (t == 0) {
-            const float softplus = fmaxf(rise, 0.f) + log1pf(expf(-fabsf(rise)));
-            to.decay = expf(rate * softplus), to.beta = p.strength / (1 + expf(-strength)), to.real = real;
+            const float rise = widen(raw.a) + raw.bias, softplus = fmaxf(rise, 0.f) + log1pf(expf(-fabsf(rise)));
+            to.decay = expf(raw.rate * softplus), to.beta = p.strength / (1 + expf(-widen(raw.b))), to.real = row.real;
         }
         arrive(full + n % 2);
+        raw = next, row = after, after = later;
     }
 }
 
