@@ -227,8 +227,8 @@ __device__ __forceinline__ void prepare(const Parameters& p, Prepared* places, u
     }
 }
 
-struct Meeting {  // what the computing warps tell each other
-    float4 read[HALVES][COLUMNS], seen[2][HALVES][COLUMNS];
+struct Meeting {  // what the computing warps tell each other, of this item and the one before
+    float4 read[2][HALVES][COLUMNS], seen[2][HALVES][COLUMNS];
     float squares[2][BLOCKS];
 };
 
@@ -269,16 +269,16 @@ __device__ __forceinline__ void compute(const Parameters& p, float* states, cons
             }
             arrive(done + stage);
             read = over_rows(read), seen = over_rows(seen);
-            if (part == 0) m.read[half][column] = read;
+            if (part == 0) m.read[n % 2][half][column] = read;
             if (part == 1) m.seen[n % 2][half][column] = seen;
             const float q_size = rsqrtf(x.products[0] + 1e-6f) * p.scale, k_size = rsqrtf(x.products[1] + 1e-6f);
             const float4 value = ((const float4*)x.v)[column];
             const float fade = x.decay * k_size;
             meet<1, 32 * WARPS>();
 
-            read = m.read[0][column];
+            read = m.read[n % 2][0][column];
 #pragma unroll
-            for (int i = 1; i < HALVES; i++) add(read, m.read[i][column]);
+            for (int i = 1; i < HALVES; i++) add(read, m.read[n % 2][i][column]);
             const float4 delta = {x.beta * (value.x - fade * read.x), x.beta * (value.y - fade * read.y),
                                   x.beta * (value.z - fade * read.z), x.beta * (value.w - fade * read.w)};
 #pragma unroll

@@ -42,7 +42,7 @@ def _threads(V: int, halves: int) -> int:
 def _shared(K: int, V: int, halves: int, stages: int) -> tuple[int, int]:
     """Bytes of shared memory: for states, and in all."""
     states = 4 * K * V * stages
-    return states, states + 16 * (K + V) + 12 * V * halves + 512
+    return states, states + 16 * (K + V) + 16 * V * halves + 512
 
 
 def supported(dtype: torch.dtype, K: int, V: int, device: torch.device) -> bool:
