@@ -69,7 +69,7 @@ def gradients(rule, x, start, **kw):
 @pytest.mark.parametrize("case, limit", [
     ({}, 6e-3), ({"time": 1}, 6e-3), ({"time": 64, "key": 128, "value": 128}, 6e-3), ({"key": 48, "value": 80}, 6e-3),
     ({"key": 256, "value": 256, "time": 130}, 6e-3), ({"dtype": torch.float16}, 2e-3), ({"decay": 20.0}, 6e-3),
-    ({"beta": 2.0, "spread": 0.05, "decay": 1e-3, "time": 300}, 1e-1),  # flash-linear-attention: 2e-1
+    ({"beta": 2.0, "spread": 0.05, "decay": 1e-3, "time": 300}, 1.2e-1),  # fla: 0.2
 ], ids=str)
 def test_results_and_gradients(case, limit):
     x, start = inputs("cuda", **case)
