@@ -20,14 +20,18 @@ template <int n> HYBRIDLM_INLINE void load_dwords(const uint8_t* p, size_t strid
 }
 
 template <class Sink, int type, int pair_dwords> struct Pairs {
-    // Calls Blocks<type>::even and ::odd for four pairs, each of pair_dwords dwords.
-    template <int n> static HYBRIDLM_INLINE void from(const U* d, Sink& sink) {
+    // Calls Blocks<type>::even and ::odd for four pairs, each of pair_dwords dwords, and loads what a pair needs just
+    // before it: a burst of loads would hold up those that fetch ahead, and the registers don't hold a whole unit.
+    template <int n> static HYBRIDLM_INLINE void from(const uint8_t* p, size_t stride, U* d, Sink& sink) {
+        constexpr int have = (n * pair_dwords + 3) / 4, need = ((n + 1) * pair_dwords + 3) / 4;
+        load_dwords<need - have>(p + 16 * have, stride, d + 4 * have);
         U w[8];
-        F scale = Blocks<type>::even(d, w);
+        const U* q = d + n * pair_dwords;
+        F scale = Blocks<type>::even(q, w);
         sink.template put<Blocks<type>>(2 * n, w, scale, scale);
-        scale = Blocks<type>::odd(d, w);
+        scale = Blocks<type>::odd(q, w);
         sink.template put<Blocks<type>>(2 * n + 1, w, scale, scale);
-        if constexpr (n < 3) from<n + 1>(d + pair_dwords, sink);
+        if constexpr (n < 3) from<n + 1>(p, stride, d, sink);
     }
 };
 
@@ -44,8 +48,7 @@ template <> struct Blocks<Q8_0> {
     }
     template <class Sink> static HYBRIDLM_INLINE void unit(const uint8_t* p, size_t stride, Sink& sink) {
         U d[68];
-        load_dwords<17>(p, stride, d);
-        Pairs<Sink, Q8_0, 17>::template from<0>(d, sink);
+        Pairs<Sink, Q8_0, 17>::template from<0>(p, stride, d, sink);
     }
 };
 
@@ -66,8 +69,7 @@ template <> struct Blocks<Q4_0> {
     }
     template <class Sink> static HYBRIDLM_INLINE void unit(const uint8_t* p, size_t stride, Sink& sink) {
         U d[36];
-        load_dwords<9>(p, stride, d);
-        Pairs<Sink, Q4_0, 9>::template from<0>(d, sink);
+        Pairs<Sink, Q4_0, 9>::template from<0>(p, stride, d, sink);
     }
 };
 
@@ -86,8 +88,7 @@ template <> struct Blocks<IQ4_NL> {
     }
     template <class Sink> static HYBRIDLM_INLINE void unit(const uint8_t* p, size_t stride, Sink& sink) {
         U d[36];
-        load_dwords<9>(p, stride, d);
-        Pairs<Sink, IQ4_NL, 9>::template from<0>(d, sink);
+        Pairs<Sink, IQ4_NL, 9>::template from<0>(p, stride, d, sink);
     }
 };
 
@@ -116,8 +117,7 @@ template <> struct Blocks<Q5_0> {
     }
     template <class Sink> static HYBRIDLM_INLINE void unit(const uint8_t* p, size_t stride, Sink& sink) {
         U d[44];
-        load_dwords<11>(p, stride, d);
-        Pairs<Sink, Q5_0, 11>::template from<0>(d, sink);
+        Pairs<Sink, Q5_0, 11>::template from<0>(p, stride, d, sink);
     }
 };
 

@@ -39,15 +39,16 @@ template <class Q> using KindOf = Kind<Q::bias, Q::max, Q::minimum, Q::halves>;
 template <class Q> using KindOf = Kind<Q::bias ? 1 : 0, 0, Q::minimum, Q::halves>;
 #endif
 
-// Fetches the next panel while this one is worked on, as streams of four rows each in the order of memory: a core gets
+// Fetches the next panel while this one is worked on, as streams of two rows each in the order of memory: a core gets
 // more out of memory by a few long streams than by one, and more than by a short one for every row.
 struct Ahead {
+    static constexpr int rows = 2, streams = lanes / rows;
     const uint8_t* at;  // of the first stream, where this unit's share begins
     int64_t apart;
     template <class Q> HYBRIDLM_INLINE void step(int block) const {
-        constexpr int share = 4 * Q::unit_bytes;
+        constexpr int share = rows * Q::unit_bytes;
         for (int line = (block * share / 8 + 63) / 64; line < ((block + 1) * share / 8 + 63) / 64; ++line)
-            for (int s = 0; s < (lanes + 3) / 4; ++s) fetch(at + s * apart + 64 * line);
+            for (int s = 0; s < streams; ++s) fetch(at + s * apart + 64 * line);
     }
 };
 
@@ -172,7 +173,7 @@ template <int type> void quantised_of(const uint8_t* data, int64_t rows, int64_t
         const uint8_t* next = p + 1 == last ? after : nullptr;
         if (p + 1 < last && (p + 2) * lanes <= rows) next = data + (p + 1) * lanes * source.row_bytes;
         if (!next || 256 * (u + 1) > cols) return Ahead{data, 0};
-        return Ahead{next + u * 4 * Q::unit_bytes, 4 * source.row_bytes};
+        return Ahead{next + u * Ahead::rows * Q::unit_bytes, Ahead::rows * source.row_bytes};
     };
 
     if (count == 1 && total_width <= straight) {
