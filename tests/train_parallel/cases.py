@@ -52,9 +52,10 @@ def loss_of(model: HybridLM, parallel: Parallel | None, ids: Tensor, targets: Te
 
 
 def compare(layout: Layout, options: dict[str, Any], *, rows: int, pieces: int, documents: bool,
-            recompute: float) -> float:
-    """The largest difference from one process, of the loss, the gradients relative to their largest and the norm."""
-    whole, model = HybridLM(config(**options)), HybridLM(config(**options))
+            recompute: float, dtype: torch.dtype) -> float:
+    """The largest difference from one process: of the loss; of each gradient, relative to its largest entry or 0.05,
+    as gradients through the norms of short queries round more; and of the norm."""
+    whole, model = HybridLM(config(**options)).to(dtype), HybridLM(config(**options)).to(dtype)
     ids, targets, numbers = batch(rows, documents)
     count = (targets >= 0).sum().float()
     expected = loss_of(whole, None, ids, targets, numbers, count)
@@ -66,7 +67,7 @@ def compare(layout: Layout, options: dict[str, Any], *, rows: int, pieces: int, 
     mine = slice(parallel.data_rank * each, (parallel.data_rank + 1) * each)
     ids, targets, numbers = ids[mine], targets[mine], None if numbers is None else numbers[mine]
     assert parallel.sum_rows((targets >= 0).sum().float()) == count
-    loss, size = torch.zeros(()), len(ids) // pieces
+    loss, size = torch.zeros((), dtype=dtype), len(ids) // pieces
     for i in range(pieces):
         part = slice(i * size, (i + 1) * size)
         with parallel.accumulate(model, last=i == pieces - 1):
@@ -79,7 +80,7 @@ def compare(layout: Layout, options: dict[str, Any], *, rows: int, pieces: int, 
     for name, p in model.named_parameters():
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         assert grad is not None and grad.shape == truth[name].shape, name
-        difference = (grad - truth[name].grad).abs().max() / truth[name].grad.abs().max().clamp_min(1e-2)
+        difference = (grad - truth[name].grad).abs().max() / truth[name].grad.abs().max().clamp_min(0.05)
         worst = max(worst, float(difference))
     norm = parallel.clip(model.parameters(), 1e-3)
     clipped = torch.nn.utils.clip_grad_norm_(whole.parameters(), 1e-3)
@@ -90,7 +91,7 @@ def compare(layout: Layout, options: dict[str, Any], *, rows: int, pieces: int, 
     return worst
 
 
-CASE = {"rows": 4, "pieces": 1, "documents": True, "recompute": 0.0}
+CASE = {"rows": 4, "pieces": 1, "documents": True, "recompute": 0.0, "dtype": torch.float32}
 
 
 def _worker(rank: int, world: int, folder: str, cases: list[Case]) -> None:

@@ -30,6 +30,7 @@ FOUR = [
     ("hsdp", Layout(2, 2), {}, {"rows": 8, **PIECES}),
     ("fsdp", Layout(1, 4), {}, {}),
     ("30 heads, 4 ways", Layout(tensor=4), {"heads": 30}, {"rows": 1}),
+    ("tensor x context, float64", Layout(tensor=2, context=2), {"heads": 5}, {"rows": 1, "dtype": torch.float64}),
     ("context", Layout(context=4), {}, {"rows": 4}),
     ("fsdp x tensor", Layout(1, 2, tensor=2), {"heads": 5}, PIECES),
     ("fsdp x context", Layout(1, 2, context=2), {}, {"recompute": 1.0}),
@@ -39,8 +40,9 @@ FOUR = [
 ]
 EIGHT = [
     ("30 heads, 8 ways", Layout(tensor=8), {"heads": 30}, {"rows": 1}),
+    ("30 heads, 8 ways, float64", Layout(tensor=8), {"heads": 30}, {"rows": 1, "dtype": torch.float64}),
     ("all", Layout(1, 2, tensor=2, context=2), {}, {}),
-    ("context", Layout(context=6 + 2), {"heads": 8}, {"rows": 4}),
+    ("context", Layout(context=8), {"heads": 8}, {"rows": 4}),
 ]
 
 

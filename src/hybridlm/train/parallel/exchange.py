@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         out = x.new_empty(group.size, *x.shape)
-        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group.group)
+        dist.all_gather(list(out.unbind()), x.contiguous(), group=group.group)
         return out
 
     @staticmethod
