@@ -58,11 +58,11 @@ def takes(q: Tensor, v: Tensor) -> bool:
 def warpgroups(tasks: int, key_dim: int, value_dim: int) -> int:
     """How many slabs of 64 values a block takes, for `tasks` pairs of row and head: few fill the chip, many share k.
 
-    The time of a chunk in a block of 1, 2 or 3 warpgroups, in microseconds on an H200, times the rounds of blocks.
+    The time of a chunk in a block of 1, 2 or 3 warpgroups (measured on an H200, in microseconds) times the rounds.
     """
     slabs = value_dim // 64
     widths = [w for w in (3, 2, 1) if slabs % w == 0 and (w < 3 or key_dim <= 96)]
-    return min(widths, key=lambda w: -(-tasks * (slabs // w) // _MULTIPROCESSORS) * (0.0, 0.7, 1.1, 1.6)[w])
+    return min(widths, key=lambda w: -(-tasks * (slabs // w) // _MULTIPROCESSORS) * (0.0, 2.0, 3.3, 3.8)[w])
 
 
 class Rows(NamedTuple):
