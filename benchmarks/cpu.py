@@ -58,6 +58,12 @@ def main() -> None:
                "int8_TOPS": max(native.int8_peak(0.2) for _ in range(3)) / 1e12}
         row["decode_share"] = row["decode_GB_s"] / row["read_GB_s"]
         row["prefill_share"] = row["prefill"] * GFLOP_A_TOKEN / 1e3 / row["int8_TOPS"]
+        if tiles := max(native.tile_peak(0.2) for _ in range(3)) / 1e12:
+            row["tile_TFLOPS"], row["tile_share"] = tiles, row["prefill"] * GFLOP_A_TOKEN / 1e3 / tiles
+            native.set_isa("avx512")  # what a processor without tiles does
+            row["prefill_without_tiles"] = measure(engine, o.prompt, 1, 1)["prefill_tokens_per_s"]
+            row["share_without_tiles"] = row["prefill_without_tiles"] * GFLOP_A_TOKEN / 1e3 / row["int8_TOPS"]
+            native.set_isa("amx")
         if o.llama_bench:
             row |= peer(o.llama_bench, o.peer, o.prompt, o.generate, o.threads)
             row["prefill_ratio"] = row["prefill"] / row["peer_prefill"]
@@ -68,6 +74,9 @@ def main() -> None:
     for key in rounds[0]:
         values = [r[key] for r in rounds]
         print(f"{key:15} median {median(values):8.2f}   {min(values):.2f} to {max(values):.2f}")
+    best = max(r["read_GB_s"] for r in rounds)
+    print(f"decode, median, of the best read of the run ({best:.1f} GB/s): "
+          f"{median(r['decode_GB_s'] for r in rounds) / best:.0%}")
     print(json.dumps({"settings": vars(o), "isa": native.isa(), "rounds": rounds,
                       "median": {k: median(r[k] for r in rounds) for k in rounds[0]}}))
 

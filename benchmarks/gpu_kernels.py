@@ -130,12 +130,11 @@ def results(rule: Rule, x: list[Tensor], start: Tensor, do: Tensor, dstate: Tens
 
 def errors(rules: dict[str, Rule]) -> dict[str, dict[str, dict[str, float]]]:
     table: dict[str, dict[str, dict[str, float]]] = {}
-    shape = {"heads": 4, "key": 96, "value": 192}
     print("relative error against float64" + " " * 24 + "".join(f"{name:>9}" for name in NAMES))
     for case, (beta, spread, decay) in HARD.items():
-        x = inputs(1, 500, **shape, beta=beta, spread=spread, decay=decay)
+        x = inputs(1, 300, **OLMO, beta=beta, spread=spread, decay=decay)
         r = torch.Generator("cuda").manual_seed(1)
-        start, dstate = (torch.randn(1, 4, 96, 192, generator=r, device="cuda") for _ in range(2))
+        start, dstate = (torch.randn(1, 30, 96, 192, generator=r, device="cuda") for _ in range(2))
         do = torch.randn(x[2].shape, generator=r, device="cuda").bfloat16()
         want = results(gated_delta_rule, [t.double() for t in x], start.double(), do, dstate)
         table[case] = {}

@@ -130,9 +130,13 @@ def test_bench_counts_what_it_says(cli, gguf):
 
 def test_bench_of_a_preset_and_its_table(cli, monkeypatch):
     monkeypatch.setattr("hybridlm.cli.bench.PROBE_BYTES", 1 << 20)
-    code, out, _ = cli("bench", "--preset", "tiny", "--type", "q8_0", "-p", 16, "-g", 2, "-r", 1)
+    code, out, _ = cli("bench", "--preset", "tiny", "--type", "q8_0", "-p", 16, "-g", 2, "-r", 1, "-c", "40,0")
     assert code == 0 and all(words in out for words in ("prefill, 16 tokens", "decode, 2 tokens", "the machine reads",
-                                                        "1.5M parameters", "peak memory"))
+                                                        "1.5M parameters", "peak memory", "context", "share"))
+    f = cli("bench", "--preset", "tiny", "-p", 4, "-g", 2, "-r", 1, "-c", "40,0", "--no-probe", "--json", json_=True)[1]
+    assert [row["context"] for row in f["contexts"]] == [0, 40]
+    assert all(row["decode_tokens_per_s"] > 0 for row in f["contexts"]) and f["contexts"][1]["prefill_tokens_per_s"] > 0
+    assert "0,4096,8192" in cli("bench", "--preset", "tiny", "-c", "deep", "--no-probe")[2]
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 from hybridlm.config import HybridConfig, Rope
 from hybridlm.engine.layout import PAGE, Layout
 from hybridlm.engine.state import State
-from hybridlm.engine.walk import Batch, Segment
+from hybridlm.engine.walk import Batch, Segment, logprobs_of
 from hybridlm.engine.weights import DeltaNetLayer, Loader, Weights
 
 Array = np.ndarray
@@ -42,8 +42,19 @@ class ReferenceOps:
         self.passes: list[int] = []  # rows of each pass
         self.fail_in: int | None = None  # calls until one raises, as an interruption would
 
+    slab = None
+
     def state(self) -> State:
         return State(self.layout)
+
+    def run(self, layers: Any) -> Array:
+        return layers()
+
+    def stack(self, rows: Sequence[Array]) -> Array:
+        return np.stack(rows)
+
+    def logprobs(self, x: Array, weight: Array, targets: Array) -> Array:
+        return logprobs_of(self.head(x, weight), targets)
 
     def begin(self, batch: Batch) -> None:
         self.passes.append(len(batch.ids))

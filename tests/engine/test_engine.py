@@ -233,12 +233,24 @@ def test_slices_cover_all_parts_in_order():
     for _ in range(50):
         lengths = rng.integers(1, 30, rng.integers(1, 8)).tolist()
         rows = int(rng.integers(1, 20))
-        groups = list(_slices(lengths, rows))
+        groups = list(_slices(lengths, rows, [0] * len(lengths), 1))
         assert all(sum(b - a for _, a, b in g) == rows for g in groups[:-1])
         assert 0 < sum(b - a for _, a, b in groups[-1]) <= rows
         flat = [(p, t) for g in groups for p, a, b in g for t in range(a, b)]
         assert flat == [(p, t) for p, n in enumerate(lengths) for t in range(n)]
         assert all(len({p for p, _, _ in g}) == len(g) for g in groups)
+
+
+def test_slices_end_at_multiples_where_sequences_are_cut():
+    rng = np.random.default_rng(9)
+    for _ in range(200):
+        lengths, positions = rng.integers(1, 90, 5).tolist(), rng.integers(0, 40, 5).tolist()
+        rows = int(rng.integers(16, 64))
+        groups = list(_slices(lengths, rows, positions, 8))
+        assert all(0 < sum(b - a for _, a, b in g) <= rows for g in groups)
+        flat = [(p, t) for g in groups for p, a, b in g for t in range(a, b)]
+        assert flat == [(p, t) for p, n in enumerate(lengths) for t in range(n)]
+        assert all((positions[p] + b) % 8 == 0 for g in groups for p, a, b in g if b < lengths[p])
 
 
 def test_common_prefix():

@@ -29,6 +29,9 @@ class Fake:
     def own_parts(self):
         return [bytes([len(self.tokens) % 256]) * (self.size - self.size // 2), bytes(self.size // 2)]
 
+    def block_bytes(self, block):
+        return block
+
 
 def walk_tree(cache):
     """Check the radix tree's shape; the depths of its entries."""

@@ -212,6 +212,30 @@ def test_a_clock_forgets_who_leaves():
     assert fair.now == a == 100
 
 
+def test_work_that_the_cache_spares_keeps_the_simulated_clock_going():
+    """A long prompt's turn comes although short ones keep arriving, of which most turns out to be cached."""
+    for credited, turns in ((190, 1000), (0, 3000)):
+        fair, served = FairClock(), 0
+        long = fair.arrive(1500)
+        while served < turns and fair.arrive(200) <= long:  # comes, begins at once, is read
+            fair.advance(credited)
+            fair.advance(10)
+            served += 1
+        assert (served < turns) == bool(credited)
+
+
+def test_what_the_cache_spared_is_credited(scheduled):
+    engine = text_engine(checkpoint_every=32)
+    scheduler = scheduled(engine, running=1)
+    shared = list(range(200))
+    streams = [scheduler.submit(writer(engine, [*shared, i], max_tokens=1)) for i in range(5)]
+    advanced, advance = [], scheduler._clock.advance
+    scheduler._clock.advance = lambda work: (advanced.append(work), advance(work))
+    for stream in streams:
+        list(stream)
+    assert sum(advanced) >= sum(s._work for s in streams) - streams[0]._work  # the first may have begun before
+
+
 def test_short_prompts_overtake_a_long_one(scheduled):
     engine = text_engine(cache_bytes=0)
     scheduler = scheduled(engine)

@@ -5,9 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tests.engine.helpers import random_config, reference_engine, small_config
+from tests.engine.helpers import random_config, random_tensors, reference_engine, small_config
 
 from hybridlm.engine import Sampler
+from hybridlm.engine.layout import PAGE
 from hybridlm.engine.speculative import MOST_GUESSES, Lookup, Pace, speculate
 from hybridlm.errors import HybridLMError
 
@@ -65,25 +66,26 @@ def test_only_the_last_trial_can_be_taken_back():
 
 def test_a_page_may_be_filled_and_taken_back():
     engine = reference_engine()
-    tokens = (np.arange(80) % 90).tolist()
+    short = PAGE - 4
+    tokens = (np.arange(short + 20) % 90).tolist()
     session = engine.session()
-    session.prefill(tokens[:60])
+    session.prefill(tokens[:short])
     engine.step([(session, [7] * 8)], trial=True)  # fills the first page
     session.take_back(7)
     mark = session.snapshot()
-    whole = engine.logits([*tokens[:60], 7, *tokens[60:]])[-1]
-    np.testing.assert_allclose(session.prefill(tokens[60:]), whole, atol=2e-5)
+    whole = engine.logits([*tokens[:short], 7, *tokens[short:]])[-1]
+    np.testing.assert_allclose(session.prefill(tokens[short:]), whole, atol=2e-5)
     session.restore(mark)
-    np.testing.assert_allclose(session.prefill(tokens[60:]), whole, atol=2e-5)
+    np.testing.assert_allclose(session.prefill(tokens[short:]), whole, atol=2e-5)
 
 
-def decode(engine, prompt, count, pace=None, eos=(), **options):
+def decode(engine, prompt, count, pace=None, eos=(), draft=None, **options):
     """(tokens, passes) with guesses if there is a pace."""
     session, sampler = engine.session(), Sampler(**options)
     session.feed(prompt)
     engine._ops.passes.clear()
     if pace:
-        stream = speculate(session, sampler, prompt, frozenset(eos), pace=pace)
+        stream = speculate(session, sampler, prompt, frozenset(eos), pace=pace, draft=draft)
     else:
         stream = plain(session, sampler, prompt)
     tokens = []
@@ -193,3 +195,66 @@ def test_pace_follows_success():
         pace.skip()
         skips += 1
     assert 10 < skips < 1000
+
+
+def draft_of(engine, seed, noise):
+    """A model like the engine's, its weights moved by noise: right often, not always."""
+    rng = np.random.default_rng(seed)
+    tensors = random_tensors(engine.config, rng)
+    other = random_tensors(engine.config, np.random.default_rng(seed + 1000))
+    target = reference_engine(engine.config, tensors=tensors)
+    return target, reference_engine(engine.config, tensors={k: v + noise * other[k] for k, v in tensors.items()})
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("pace", [AlwaysGuess, None])
+def test_a_draft_model_changes_no_token(seed, pace):
+    rng = np.random.default_rng(seed)
+    engine, draft = draft_of(reference_engine(small_config(vocab_size=int(rng.integers(5, 60)))), seed, 0.05)
+    prompt = rng.integers(0, engine.config.vocab_size, int(rng.integers(1, 40))).tolist()
+    for options in ({"temperature": 0}, {"temperature": 0.8, "seed": seed, "top_p": 0.9, "repetition_penalty": 1.1}):
+        expected, plain_passes = decode(engine, prompt, 60, **options)
+        got, passes = decode(engine, prompt, 60, pace() if pace else Pace(), draft=draft, **options)
+        assert got == expected
+        assert passes < plain_passes
+
+
+def test_a_draft_that_is_the_model_itself_is_always_right():
+    engine, same = draft_of(reference_engine(), 4, 0.0)
+    for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 1}):
+        tokens, passes = decode(engine, [1, 2, 3], 65, AlwaysGuess(), draft=same, **options)
+        assert len(tokens) == 65 and passes == 8  # the first comes with the prompt, then eight a pass
+
+
+def test_sampling_with_a_draft_keeps_the_distribution():
+    engine, draft = draft_of(reference_engine(small_config(vocab_size=5)), 2, 0.3)
+    prompt = [0, 1, 2, 3]
+    exact: dict[tuple[int, int], float] = {}
+    session = engine.session()
+    p = Sampler(1.0).probabilities(session.prefill(prompt))
+    for a in range(5):
+        branch = engine.session()
+        branch.restore(session.state)
+        q = Sampler(1.0).probabilities(branch.step(a))
+        exact.update({(a, b): p[a] * q[b] for b in range(5)})
+    count, seen, start = 1500, Counter(), session.snapshot()
+    for seed in range(count):
+        session.restore(start)
+        stream = speculate(session, Sampler(1.0, seed=seed), prompt, pace=AlwaysGuess(), most=3, draft=draft)
+        seen[(next(stream), next(stream))] += 1
+        stream.close()
+    chi = sum((seen[k] - count * v) ** 2 / (count * v) for k, v in exact.items() if count * v > 5)
+    assert chi < 60  # 24 degrees of freedom: 99.99% at 57
+
+
+def test_generation_with_a_draft_model():
+    engine, draft = draft_of(reference_engine(small_config(vocab_size=8)), 3, 0.05)
+    outputs = []
+    for speculative in (False, draft):
+        engine.cache.clear()
+        generation = engine.generate([0, 1, 2, 3] * 5, max_tokens=50, temperature=0.7, seed=2, speculative=speculative)
+        list(generation)
+        outputs.append(generation.tokens)
+    assert outputs[0] == outputs[1]
+    with pytest.raises(HybridLMError, match="vocabulary"):
+        list(engine.generate([1], max_tokens=5, speculative=reference_engine(small_config(vocab_size=9))))

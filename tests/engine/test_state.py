@@ -71,7 +71,7 @@ def test_growing_moves_no_page_and_frees_what_no_window_sees():
         state.tokens += [1] * 50
     assert [id(p) for p in state.groups[1].pages[:1]] == first
     sliding, full = state.groups
-    assert sum(p is not None for p in full.pages) == -(-2064 // 64)
+    assert sum(p is not None for p in full.pages) == -(-2064 // PAGE)
     assert sum(p is not None for p in sliding.pages) <= 100 // PAGE + 3
     # Every address that a kernel may look at leads into a page that is alive.
     for group in state.groups:

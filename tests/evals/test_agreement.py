@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.helpers import reference_engine, small_config
 
@@ -34,6 +34,7 @@ def by_hand(a, b):
     return (p * np.log(p / q)).sum(1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(2, 40), st.lists(st.integers(1, 70), min_size=1, max_size=4),
        st.lists(st.integers(1, 70), min_size=1, max_size=4), st.integers(0, 1000))
 def test_sums_by_hand_whatever_the_blocks(length, vocab, first, second, seed):

@@ -300,3 +300,86 @@ def test_row_bytes_agree_with_gguf():
     for name in TYPES:
         size = 3 * row_bytes(name, 256)
         assert native.Matrix(np.zeros(size, np.uint8), TYPES[name], 3, 256).nbytes == size
+
+
+def as_bfloat16(x: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 numbers, float64."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+needs_tiles = pytest.mark.skipif("amx" not in native.available(), reason="this processor has no matrix tiles (AMX)")
+
+
+def prompt_product(matrix: native.Matrix, x: np.ndarray) -> np.ndarray:
+    out = np.full((len(x), matrix.rows), np.nan, np.float32)
+    native.linear(x, [matrix], [out], False, True)
+    return out
+
+
+def check_tiles(name: str, rows: int, cols: int, t: int, rng: np.random.Generator) -> None:
+    native.set_isa("amx")
+    raw = random_blocks(name, rows, cols, rng)
+    w = meaning(name, raw, cols)
+    x = (rng.standard_normal((t, cols)) * np.exp(rng.normal(0, 2, (t, 1)))).astype(np.float32)
+    got = prompt_product(native.Matrix(raw, TYPES[name], rows, cols), x)
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(w).T.astype(np.float64)
+    # Against the rounded numbers: what is left is float32 sums, and weights that lie between two bfloat16 numbers up to
+    # a unit of float32, which may round to either (one in 2^8 of the magnitude at worst, of few weights).
+    assert (np.abs(got - as_bfloat16(x) @ as_bfloat16(w).T) <= 2.0**-8 * magnitude + 1e-30).all()
+    error = got - x.astype(np.float64) @ w.T.astype(np.float64)
+    assert np.sqrt((error**2).sum()) <= 2.0**-9 * np.sqrt((magnitude**2).sum())
+    assert (np.abs(error) <= 2.02 * 2.0**-9 * magnitude + 1e-30).all()
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize(("rows", "cols", "t"), [(1, 256, 17), (37, 512, 33), (33, 1280, 48), (530, 768, 31),
+                                                 (16, 2816, 130), (100, 256, 1), (20, 512, 530)])
+def test_tiles(name, rows, cols, t):
+    check_tiles(name, rows, cols, t, np.random.default_rng(rows + cols + t))
+
+
+@needs_tiles
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(QUANTISED), st.integers(1, 200), st.integers(1, 20), st.integers(1, 140),
+       st.integers(0, 2**32 - 1))
+def test_tiles_of_random_shapes(name, rows, blocks, t, seed):
+    check_tiles(name, rows, blocks * block(name)[0], t, np.random.default_rng(seed))
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", QUANTISED)
+def test_tiles_give_a_row_the_same_numbers_in_any_company(name):
+    native.set_isa("amx")
+    rng = np.random.default_rng(3)
+    cols, rows = 1280, 83
+    matrix = native.Matrix(random_blocks(name, rows, cols, rng), TYPES[name], rows, cols)
+    x = rng.standard_normal((600, cols)).astype(np.float32)
+    native.set_threads(1)
+    whole = prompt_product(matrix, x)
+    for threads in (1, 2, 5):
+        native.set_threads(threads)
+        for first, last in ((0, 1), (0, 17), (5, 40), (500, 600), (590, 600)):
+            assert np.array_equal(prompt_product(matrix, x[first:last]), whole[first:last])
+
+
+@needs_tiles
+def test_tiles_show_what_is_not_finite():
+    native.set_isa("amx")
+    rng = np.random.default_rng(6)
+    matrix = native.Matrix(random_blocks("Q4_K", 20, 512, rng), TYPES["Q4_K"], 20, 512)
+    x = rng.standard_normal((40, 512)).astype(np.float32)
+    x[3, 7], x[30, 500] = np.nan, np.inf
+    got = prompt_product(matrix, x)
+    assert np.isnan(got[3]).all() and not np.isfinite(got[30]).any()
+    assert np.isfinite(np.delete(got, (3, 30), axis=0)).all()
+
+
+@pytest.mark.parametrize("isa", [name for name in native.available() if name != "amx"])
+def test_prompts_without_tiles_take_the_common_way(isa):
+    native.set_isa(isa)
+    rng = np.random.default_rng(7)
+    matrix = native.Matrix(random_blocks("Q4_0", 40, 256, rng), TYPES["Q4_0"], 40, 256)
+    x = rng.standard_normal((30, 256)).astype(np.float32)
+    assert np.array_equal(prompt_product(matrix, x), product(matrix, x))

@@ -97,7 +97,7 @@ def test_the_document_describes_what_is_served():
 
 
 def fuzz(count):
-    """schemathesis over the document; no answer may be a server's error, all must be as documented."""
+    """schemathesis over the document; no answer may be a server's error."""
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
 
@@ -127,8 +127,8 @@ def fuzz(count):
 
 
 def test_schemathesis_finds_no_server_error():
-    answers = fuzz(300)
-    assert sum(answers.values()) > 250 and {200, 400} <= set(answers), answers
+    answers = fuzz(160)
+    assert sum(answers.values()) > 120 and {200, 400} <= set(answers), answers
 
 
 @pytest.mark.soak
@@ -172,3 +172,13 @@ def test_wrong_arguments_end_in_one_line(arguments, words, capsys, monkeypatch, 
         main(["serve", *arguments])
     err = capsys.readouterr().err
     assert stop.value.code and words in err and "Traceback" not in err
+
+
+def test_a_damaged_model_ends_in_one_line(capsys, monkeypatch, tmp_path):
+    from hybridlm.cli import main
+
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", str(tmp_path / "bad.gguf"), "--port", "0"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "error: " in err and "bad.gguf" in err and "Traceback" not in err

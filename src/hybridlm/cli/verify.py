@@ -31,6 +31,8 @@ def command(
                                                                            "pair's own does not fit.")] = None,
     max_kl: Annotated[float | None, typer.Option("--max-kl", min=0, help="The budget of the worst position, "
                                                                          "nats.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda: then the GPU engine's ways to read are "
+                                                         "compared.")] = "cpu",
     threads: ThreadsOption = None,
     kv_type: KVOption = "f16",
     json: JsonOption = False,
@@ -43,24 +45,35 @@ def command(
     saved states, all with float32 kernels and again with the fast 8-bit ones; those two against each other; and keys
     and values in each format. Told are the Kullback-Leibler divergence of the next token's distribution, whether the
     first choice is the same, the worst position, and whether the difference grows with length.
+
+    On a GPU the reference is float32 by PyTorch's own operations. Against it: those operations in bfloat16, and every
+    fast path, recorded, batched, in pieces, batch-invariant; these may differ by 1.1 times what the former do.
     """
     from hybridlm.cli._progress import Stages
     from hybridlm.engine import Engine
     from hybridlm.evals.agreement import compare
 
+    gpu = device.startswith("cuda")
     with ExitStack() as stack, Stages() as stages:
         file = resolved(model)
 
         def opened(path: Path, **options: Any) -> Engine:
-            return stack.enter_context(Engine.open(path, threads=threads, cache_bytes=0, **{"kv_type": kv_type,
-                                                                                            **options}))
+            own = {"kv_type": kv_type} if not gpu or kv_type != "f16" else {}  # a GPU's own choice is bf16
+            return stack.enter_context(Engine.open(path, device, threads=threads, cache_bytes=0, **{**own, **options}))
 
         engine = opened(file)
         texts = [_read(text, engine, length)] if text else _own(engine, length)
-        pairs = _pairs(engine, lambda **o: opened(file, **o), _other(against, engine, opened), torch, (mean_kl, max_kl))
+        other_engine, limits = _other(against, engine, opened), (mean_kl, max_kl)
         results: list[Agreement] = []
+        pairs: list[Pair]
+        if gpu and other_engine is None and torch is None:
+            pairs = _gpu_pairs(engine, lambda **o: opened(file, **o), limits, results)
+        else:
+            pairs = _pairs(engine, lambda **o: opened(file, **o), other_engine, torch, limits)
         for number, (reference, other, budget) in enumerate(pairs, 1):
             began = time.perf_counter()
+            if callable(budget):
+                budget = budget()
 
             def show(rows: int, number: int = number, name: str = f"{reference.name} / {other.name}") -> None:
                 stages.status(f"{number} of {len(pairs)}: {name}, {rows:,} positions")
@@ -100,6 +113,17 @@ def _pairs(engine: Engine, opened: Any, other: Engine | None, folder: str | None
             (float32, whole(engine, f"8-bit kernels, {engine.layout.kv_type} cache"), budget(EIGHT_BIT)),
             (float32, whole(opened(exact=True, kv_type="f16"), "f16 cache"), budget(Budget(1e-4, 1e-2, 0.999))),
             (float32, whole(opened(exact=True, kv_type="q8_0"), "q8_0 cache"), budget(EIGHT_BIT))]
+
+
+def _gpu_pairs(engine: Engine, opened: Any, limits: tuple[float | None, float | None], results: list[Agreement]
+               ) -> list[Pair]:
+    from hybridlm.evals.agreement import Budget
+    from hybridlm.evals.paths import BF16, device_pairs
+
+    wanted = Budget(BF16.mean_kl if limits[0] is None else limits[0], BF16.max_kl if limits[1] is None else limits[1],
+                    BF16.top1)
+    plain = opened(plain=True)
+    return device_pairs(opened(exact=True), plain, engine, opened(batch_invariant=True), wanted, results)
 
 
 def _other(name: str | None, engine: Engine, opened: Any) -> Engine | None:

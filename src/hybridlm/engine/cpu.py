@@ -6,6 +6,7 @@ and then stay, so that a pass allocates next to nothing. Their roles keep apart 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from hybridlm import native
 from hybridlm.config import HybridConfig, Rope
 from hybridlm.engine.layout import KV_TYPES, PAGE, Layout
 from hybridlm.engine.state import State
-from hybridlm.engine.walk import Batch
+from hybridlm.engine.walk import Batch, logprobs_of
 from hybridlm.engine.weights import DeltaNetLayer, Loader, Weights
 from hybridlm.errors import ConfigError, FormatError
 
 __all__ = ["CPU", "file_loader"]
 
 Array = np.ndarray
+SHORT = 16  # tokens of a segment up to which its rows give the same numbers one by one
 
 
 class CPU:
@@ -33,14 +35,32 @@ class CPU:
         self._buffers: dict[tuple[str, int, int], Array] = {}
         ropes = {config.rope_of(i) for i, group in enumerate(layout.layers) if group >= 0}
         self._inv_freq = {rope: _inv_freq(rope, config.head_dim) for rope in ropes if rope}
+        self._runs: list[tuple[int, int, bool]] = []  # of the rows of this pass: first, last, whether of long segments
         self._second = False  # which of two buffers the last norm filled: q's and k's are alive together
+
+    slab: int | None = None
 
     def state(self) -> State:
         return State(self.layout)
 
+    def run(self, layers: Callable[[], Array]) -> Array:
+        return layers()
+
+    def stack(self, rows: Sequence[Array]) -> Array:
+        return np.stack(rows)
+
     def begin(self, batch: Batch) -> None:
         for s in batch.segments:
             s.state.reserve(s.last - s.first)
+        # Rows of long segments may take another way through the matrices than rows of short ones. Which way a row takes
+        # depends on its own segment alone, so what comes out does not depend on what else is in the batch.
+        self._runs = []
+        for s in batch.segments:
+            prompt = s.trial is None and s.last - s.first > SHORT
+            if self._runs and self._runs[-1][2] == prompt:
+                self._runs[-1] = (self._runs[-1][0], s.last, prompt)
+            else:
+                self._runs.append((s.first, s.last, prompt))
 
     def embed(self, table: native.Matrix, batch: Batch) -> Array:
         out = self._buffer("embed", 0, len(batch.ids), table.cols)
@@ -56,7 +76,8 @@ class CPU:
     def linear(self, x: Array, *weights: native.Matrix) -> tuple[Array, ...]:
         role = f"linear{len(weights)}"
         outs = [self._buffer(role, i, len(x), w.rows) for i, w in enumerate(weights)]
-        native.linear(x, list(weights), outs, self.exact)
+        for first, last, prompt in self._runs:
+            native.linear(x[first:last], list(weights), [out[first:last] for out in outs], self.exact, prompt)
         return tuple(outs)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
@@ -112,6 +133,9 @@ class CPU:
         out = np.empty((len(x), weight.rows), np.float32)
         native.linear(x, [weight], [out], self.exact)
         return out
+
+    def logprobs(self, x: Array, weight: native.Matrix, targets: Array) -> Array:
+        return logprobs_of(self.head(x, weight), targets)
 
     def _buffer(self, role: str, index: int, rows: int, width: int) -> Array:
         key = (role, index, width)

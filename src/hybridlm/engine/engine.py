@@ -22,7 +22,7 @@ from hybridlm.config import HybridConfig
 from hybridlm.engine.chat import Said, chat_prompt
 from hybridlm.engine.generate import Generation
 from hybridlm.engine.layout import Layout
-from hybridlm.engine.passes import Part, Passes
+from hybridlm.engine.passes import SLAB, Part, Passes
 from hybridlm.engine.prefix_cache import PrefixCache
 from hybridlm.engine.sampler import Sampler
 from hybridlm.engine.session import Session
@@ -63,25 +63,31 @@ class Engine:
         self._passes = Passes(weights, ops, self.context)
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str = "f16",
+    def open(cls, path: str | Path, device: str = "cpu", threads: int | None = None, kv_type: str | None = None,
              context: int | None = None, *, cache_bytes: int | None = None,
-             checkpoint_every: int = CHECKPOINT_EVERY, exact: bool = False) -> Engine:
+             checkpoint_every: int | None = None, exact: bool = False, batch_invariant: bool = False,
+             plain: bool = False) -> Engine:
         """Open a GGUF file that `hybridlm convert` or `hybridlm quantize` wrote.
 
         Args:
-            device: "cpu".
+            device: "cpu", or "cuda" (or "cuda:1"), which takes Hugging Face folders too and turns weights to bfloat16.
             threads: that work on a pass; None leaves the native core's choice, all cores. One setting per process.
-            kv_type: how attention keeps keys and values: "f32", "f16" or "q8_0" (half of f16).
-            context, cache_bytes, checkpoint_every: as for `Engine`.
-            exact: keep activations in float32 where quantised weights meet 8-bit ones otherwise; slow, for measuring.
+            kv_type: how attention keeps keys and values: "f32", "f16" (what None is on a processor), "q8_0" (half of
+                f16), or on a GPU "bf16" (what None is there).
+            context, cache_bytes, checkpoint_every: as for `Engine`; on a GPU every 4096 tokens unless told.
+            exact: keep activations in float32 where quantised weights meet 8-bit ones otherwise; on a GPU keep
+                everything in float32. Slow, for measuring.
+            batch_invariant: on a GPU, a text's logits are the same in every bit whatever else is read beside it.
+            plain: on a GPU, PyTorch's own operations one by one instead of kernels and recorded steps; for measuring.
 
         Raises `FormatError` for a file that is no such model, `HybridLMError` for options that cannot be.
         """
         if _device(device) == "cuda":
-            from hybridlm.engine import cuda  # type: ignore[attr-defined]
+            from hybridlm.engine.cuda_open import open_engine
 
-            return cuda.open_engine(cls, path, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
-                                    checkpoint_every=checkpoint_every)
+            return open_engine(cls, path, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
+                               checkpoint_every=checkpoint_every, exact=exact, invariant=batch_invariant,
+                               ops={"kernels": False, "graphs": False} if plain else None)
         _need_native()
         from hybridlm.engine.cpu import CPU, file_loader
         from hybridlm.formats.gguf_reader import GGUFFile
@@ -91,30 +97,40 @@ class Engine:
             raise FormatError(f"{path}: is a folder; convert it first (hybridlm convert {path} model.gguf)")
         file = GGUFFile.open(path)
         try:
-            layout = Layout.of(file.config, file.fingerprint, kv_type)
+            layout = Layout.of(file.config, file.fingerprint, _host_kv(kv_type))
             weights = bind(file.config, file_loader(file, str(path)))
             _set_threads(threads)
             return cls(weights, CPU(file.config, layout, exact), layout, name=path.stem, context=context, file=file,
-                       model_bytes=path.stat().st_size, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every)
+                       model_bytes=path.stat().st_size, cache_bytes=cache_bytes,
+                       checkpoint_every=checkpoint_every or CHECKPOINT_EVERY)
         except BaseException:
             file.close()
             raise
 
     @classmethod
     def random(cls, config: HybridConfig, type: str = "q4_0", seed: int = 0, *, threads: int | None = None,
-               kv_type: str = "f16", context: int | None = None, cache_bytes: int | None = None,
-               checkpoint_every: int = CHECKPOINT_EVERY) -> Engine:
-        """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer."""
+               kv_type: str | None = None, context: int | None = None, cache_bytes: int | None = None,
+               checkpoint_every: int | None = None, device: str = "cpu", batch_invariant: bool = False) -> Engine:
+        """Random weights of a type in memory, without a file: for measuring speed at any size. It has no tokenizer.
+
+        On a GPU the type is bfloat16, whatever `type` says.
+        """
+        if _device(device) == "cuda":
+            from hybridlm.engine.cuda_open import random_engine
+
+            return random_engine(cls, config, seed, device, kv_type=kv_type, context=context, cache_bytes=cache_bytes,
+                                 checkpoint_every=checkpoint_every, invariant=batch_invariant)
         _need_native()
         from hybridlm.engine.cpu import CPU
         from hybridlm.engine.random_weights import RandomLoader
 
         loader = RandomLoader(config, type, seed)
         weights = bind(config, loader)
-        layout = Layout.of(config, f"random {type} {seed} {config}", kv_type)
+        layout = Layout.of(config, f"random {type} {seed} {config}", _host_kv(kv_type))
         _set_threads(threads)
         return cls(weights, CPU(config, layout), layout, name=f"random-{type}", context=context,
-                   model_bytes=loader.nbytes, cache_bytes=cache_bytes, checkpoint_every=checkpoint_every)
+                   model_bytes=loader.nbytes, cache_bytes=cache_bytes,
+                   checkpoint_every=checkpoint_every or CHECKPOINT_EVERY)
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -167,7 +183,7 @@ class Engine:
     def generate(self, prompt: str | Sequence[int], *, max_tokens: int | None = None, temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
                  seed: int | None = None, stop: str | Sequence[str] = (), ignore_eos: bool = False,
-                 checkpoints: Sequence[int] = (), speculative: bool = False) -> Generation:
+                 checkpoints: Sequence[int] = (), speculative: bool | Engine = False) -> Generation:
         """Continue a prompt: an iterator of `Piece`s, one a token, that also knows the whole afterwards.
 
         Args:
@@ -179,7 +195,8 @@ class Engine:
             checkpoints: positions in the prompt where a later prompt may part ways, kept in the prefix cache besides
                 every `checkpoint_every`-th, the prompt's end and the output's.
             speculative: guess from what the text repeats and check several guesses in one pass. The output stays what
-                it is (see `speculative.py`); text that repeats itself comes faster.
+                it is (see `speculative.py`); text that repeats itself comes faster. An engine of a smaller model with
+                the same vocabulary makes the guesses instead.
         """
         sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         return Generation(self, self.encode(prompt), sampler, max_tokens=max_tokens,
@@ -243,6 +260,16 @@ class Engine:
         state = self.layout.fixed_bytes - 4 * self.layout.hidden
         return weights + 2 * state + self.layout.kv_bytes_read(context)
 
+    @property
+    def rows(self) -> int:
+        """The most tokens of one pass."""
+        return self._ops.slab or SLAB
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory where states live: the machine's, or what the model leaves of a GPU's."""
+        return _memory() if self.device == "cpu" else int(self._ops.memory())  # type: ignore[attr-defined]
+
     # -- sessions ------------------------------------------------------------------------------------------------
 
     def session(self) -> Session:
@@ -263,12 +290,14 @@ class Engine:
 
     def load_cache(self, path: str | Path) -> int:
         """Add what `save_cache` wrote for the same model; returns the number of checkpoints, 0 if it does not fit."""
+        like = self._ops.state()
+
         def rebuild(tokens: list[int], own: bytes, blocks: list[Any]) -> State:
             if not all(type(t) is int and 0 <= t < self.config.vocab_size for t in tokens):
                 raise ValueError
-            return State.rebuild(self.layout, tokens, own, blocks)
+            return like.rebuilt(tokens, own, blocks)
 
-        return self.cache.load(path, repr(self.layout), State.block, rebuild)
+        return self.cache.load(path, repr(self.layout), like.block_of, rebuild)
 
     def step(self, batch: Sequence[tuple[Session, Sequence[int] | np.ndarray]], every: bool = False,
              trial: bool = False) -> np.ndarray:
@@ -350,10 +379,17 @@ def _device(device: str) -> str:
 
     kind = str(device).split(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise HybridLMError(f'device: {device!r} is unknown; use "cpu"')
-    if kind == "cuda" and find_spec("hybridlm.engine.cuda") is None:
-        raise HybridLMError('device: the GPU engine is not in this version yet; use device="cpu"')
+        raise HybridLMError(f'device: {device!r} is unknown; use "cpu" or "cuda"')
+    missing = [name for name in ("torch", "triton") if kind == "cuda" and find_spec(name) is None]
+    if missing:
+        raise HybridLMError(f'device: a GPU needs {missing[0]}, which is not installed; pip install "hybridlm[gpu]"')
     return kind
+
+
+def _host_kv(kv_type: str | None) -> str:
+    if kv_type == "bf16":
+        raise HybridLMError('kv_type: "bf16" is for GPUs; a processor keeps keys and values as f32, f16 or q8_0')
+    return kv_type or "f16"
 
 
 def _need_native() -> None:

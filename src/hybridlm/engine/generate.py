@@ -25,7 +25,7 @@ class Generation:
 
     def __init__(self, engine: Engine, prompt: list[int], sampler: Sampler, *, max_tokens: int | None = None,
                  stop: tuple[str, ...] = (), eos: tuple[int, ...] = (), checkpoints: Sequence[int] = (),
-                 speculative: bool = False) -> None:
+                 speculative: bool | Engine = False) -> None:
         self._writer = Writer(engine, prompt, sampler, max_tokens=max_tokens, stop=stop, eos=eos,
                               checkpoints=checkpoints)
         self.prefill_seconds = 0.0  # spent on what of the prompt was not reused
@@ -122,7 +122,8 @@ class Generation:
         if self._speculative:
             from hybridlm.engine.speculative import speculate
 
-            for token in speculate(session, writer.sampler, writer.prompt, writer.eos, writer.most):
+            draft = None if isinstance(self._speculative, bool) else self._speculative
+            for token in speculate(session, writer.sampler, writer.prompt, writer.eos, writer.most, draft=draft):
                 yield writer.take(token)
             return
         while True:

@@ -12,7 +12,7 @@ from hybridlm.errors import HybridLMError
 
 __all__ = ["KV_TYPES", "PAGE", "KVType", "Layout", "product"]
 
-PAGE = 64  # tokens of a page
+PAGE = 128  # tokens of a page: enough in a row for the hardware to fetch, and for large pages of the system
 _MOST = 1 << 24  # of any number in a layout; a wider window is as good as none
 
 
@@ -25,7 +25,7 @@ class KVType:
     nbytes: int
 
 
-KV_TYPES = {"f32": KVType(0, 1, 4), "f16": KVType(1, 1, 2), "q8_0": KVType(8, 32, 34)}
+KV_TYPES = {"f32": KVType(0, 1, 4), "f16": KVType(1, 1, 2), "bf16": KVType(30, 1, 2), "q8_0": KVType(8, 32, 34)}
 
 
 @dataclass(frozen=True)

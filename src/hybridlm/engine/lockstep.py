@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hybridlm.engine.generate import HeldText
 from hybridlm.engine.session import Session
+from hybridlm.engine.writer import HeldText
 from hybridlm.errors import HybridLMError
 from hybridlm.text.stream import StreamDecoder
 

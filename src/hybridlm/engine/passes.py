@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.engine.state import Trial
+from hybridlm.engine.layout import PAGE
 from hybridlm.engine.walk import Batch, Ops, forward, logits
 from hybridlm.engine.weights import Weights
 from hybridlm.errors import HybridLMError
@@ -63,7 +63,7 @@ class Passes:
     def next_logits(self, states: Sequence[Any]) -> np.ndarray:
         """Float32 [len(states), vocab]: what follows the last token that each has read."""
         with self.lock:
-            return np.asarray(logits(self.weights, self.ops, np.stack([state.hidden for state in states])))
+            return np.asarray(logits(self.weights, self.ops, self.ops.stack([state.hidden for state in states])))
 
     def score(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Of each text, float32 [T - 1]: the log-probability of each token but the first."""
@@ -72,7 +72,7 @@ class Passes:
         states: list[Any] = [self.ops.state()] if order else []
         while order:
             group = [order.pop()]  # a long text alone, short ones as many as one pass holds
-            while (order and sum(len(texts[i]) for i in (*group, order[-1])) <= SLAB
+            while (order and sum(len(texts[i]) for i in (*group, order[-1])) <= (self.ops.slab or SLAB)
                    and (len(group) + 1) * states[0].own_nbytes <= SCORE_BYTES):
                 group.append(order.pop())
             for state in states:
@@ -115,13 +115,15 @@ class Passes:
             if state.position + len(ids) > self.context:
                 raise HybridLMError(f"context: {state.position + len(ids)} tokens do not fit in {self.context}; open "
                                     "the model with a larger context or shorten the text")
-        if trial and sum(len(ids) for _, ids in parts) > SLAB:
-            raise HybridLMError(f"trial: {sum(len(ids) for _, ids in parts)} tokens do not fit in one pass of {SLAB}")
+        slab = self.ops.slab or SLAB
+        if trial and sum(len(ids) for _, ids in parts) > slab:
+            raise HybridLMError(f"trial: {sum(len(ids) for _, ids in parts)} tokens do not fit in one pass of {slab}")
         for state, _ in parts:
             state.valid = False
             if trial:
-                state.trial = state.trial or Trial(state)
-        for slices in _slices([len(ids) for _, ids in parts], SLAB):
+                state.trial = state.trial or state.new_trial()
+        for slices in _slices([len(ids) for _, ids in parts], slab, [state.position for state, _ in parts],
+                              PAGE if self.ops.slab else 1):
             batch = Batch.of([(parts[p][0], parts[p][1][a:b]) for p, a, b in slices], trial)
             hidden = forward(self.weights, self.ops, batch)
             for (p, a, b), segment in zip(slices, batch.segments, strict=True):
@@ -130,7 +132,7 @@ class Passes:
                     state.trial.position = state.position if trial else -1
                     if trial:  # the row before the pass too, should all of it be taken back
                         rows = hidden[segment.first:segment.last]
-                        state.trial.hidden = np.concatenate([state.hidden[None], rows])
+                        state.trial.hidden = self.ops.stack([state.hidden, *rows])
                 state.tokens += ids[a:b].tolist()
                 state.hidden[:] = hidden[segment.last - 1]
             yield slices, hidden
@@ -139,28 +141,31 @@ class Passes:
 
     def _logprobs(self, hidden: Any, targets: np.ndarray) -> np.ndarray:
         """Log-probability of a target after each row."""
-        out = np.empty(len(targets), np.float32)
-        for i in range(0, len(targets), HEAD_ROWS):
-            x = logits(self.weights, self.ops, hidden[i:i + HEAD_ROWS])
-            x -= x.max(axis=-1, keepdims=True)
-            chosen = np.take_along_axis(x, targets[i:i + HEAD_ROWS, None].astype(np.int64), axis=-1)[:, 0]
-            np.exp(x, out=x)
-            out[i:i + HEAD_ROWS] = chosen - np.log(x.sum(axis=-1, dtype=np.float64))
-        return out
+        return np.concatenate([self.ops.logprobs(hidden[i:i + HEAD_ROWS], self.weights.head, targets[i:i + HEAD_ROWS])
+                               for i in range(0, len(targets), HEAD_ROWS)])
 
 
-def _slices(lengths: Sequence[int], rows: int) -> Iterator[list[tuple[int, int, int]]]:
-    """(part, first, last) triples that cover all parts in order, in groups of at most `rows` tokens."""
+def _slices(lengths: Sequence[int], rows: int, positions: Sequence[int], align: int
+            ) -> Iterator[list[tuple[int, int, int]]]:
+    """(part, first, last) triples that cover all parts in order, in groups of at most `rows` tokens.
+
+    A part that does not fit is cut where its sequence reaches a multiple of `align`, if it does: where chunks of the
+    delta rule end too, a cut changes no sum.
+    """
     group: list[tuple[int, int, int]] = []
     room = rows
     for part, length in enumerate(lengths):
         first = 0
         while first < length:
             last = min(length, first + room)
-            group.append((part, first, last))
+            if last < length:
+                cut = last - (positions[part] + last) % align
+                last = cut if cut > first else first if group else last
+            if last > first:
+                group.append((part, first, last))
             room -= last - first
             first = last
-            if not room:
+            if first < length or not room:
                 yield group
                 group, room = [], rows
     if group:

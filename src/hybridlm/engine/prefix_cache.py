@@ -39,7 +39,7 @@ from hybridlm.atomic import atomic_write
 
 __all__ = ["Checkpoint", "PrefixCache", "Stats"]
 
-_MAGIC, _VERSION = b"hlmcache", 1
+_MAGIC, _VERSION = b"hlmcache", 2
 _PREFIX = struct.Struct("<8sIQ32s")  # magic, version, bytes of the index, sha256 of the index
 _MAX_INDEX = 1 << 30
 _LOOK = 512  # checkpoints looked at for one to evict, of more a sample: thousands would take longer than it saves
@@ -62,6 +62,9 @@ class Checkpoint(Protocol):
 
     def own_parts(self) -> Sequence[Any]:
         """Buffers of all but the blocks, for the disk."""
+
+    def block_bytes(self, block: Any) -> Any:
+        """A block as a buffer, for the disk."""
 
 
 @dataclass(slots=True)
@@ -278,7 +281,7 @@ class PrefixCache:
             for block in entry.blocks():
                 if id(block) not in numbers:
                     numbers[id(block)] = len(parts)
-                    parts.append(functools.partial(list, (block,)))
+                    parts.append(functools.partial(_buffers, entry, block))
                 blocks.append(numbers[id(block)])
             index.append({"tokens": [int(t) for t in entry.tokens], "blocks": blocks, "own": len(parts)})
             parts.append(entry.own_parts)
@@ -349,3 +352,7 @@ class PrefixCache:
                 made.update({n: block(read(n)) for n in missing})
                 loaded.append(rebuild(entry["tokens"], read(entry["own"]), [made[n] for n in entry["blocks"]]))
         return loaded
+
+
+def _buffers(entry: Any, block: Any) -> Sequence[Any]:
+    return [entry.block_bytes(block)]

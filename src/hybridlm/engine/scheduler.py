@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Closed", "Counters", "FairClock", "QueueFull", "Scheduler", "Stream", "TimedOut"]
 
 ROUND_SECONDS = 0.25  # what prompts may add to a round, as far as whole slices allow
+GPU_ROWS = 2048  # of prompts in a pass on a GPU: enough for its products, some 50 ms of the 7B
 SLOW = 1_000_000_000  # parameters from which a CPU reads prompts in slices of 64
 
 
@@ -174,6 +175,10 @@ class FairClock:
             self._tags.remove(tag)
             heapq.heapify(self._tags)
 
+    def clear(self) -> None:
+        """No job is left."""
+        self._tags.clear()
+
     def advance(self, work: float) -> None:
         """The machine has done so much."""
         while self._tags:
@@ -189,24 +194,24 @@ class Scheduler:
     """Serves one engine. Methods may be called from any thread."""
 
     def __init__(self, engine: Engine, *, running: int = 256, waiting: int = 512, state_bytes: int | None = None,
-                 rows: int = SLAB, step: int | None = None, round_seconds: float = ROUND_SECONDS) -> None:
+                 rows: int | None = None, step: int | None = None, round_seconds: float = ROUND_SECONDS) -> None:
         """
         Args:
             running: the most requests that are read or written at the same time.
             waiting: the most that wait for that; `submit` refuses further ones.
-            state_bytes: memory for the states of running requests; None is a quarter of the machine's.
-            rows: the most prompt rows of one pass.
+            state_bytes: memory for the states of running requests; None is a quarter of the machine's, or half of
+                what the model leaves of a GPU's.
+            rows: the most prompt rows of one pass; None is `SLAB`, on a GPU `GPU_ROWS`.
             step: rows of a prompt that are read at a time; None is all of a pass, of large models on a CPU less.
             round_seconds: time that prompts may add to a round while others write.
         """
-        from hybridlm.engine.engine import _memory
-
         self.engine = engine
         self.counters = Counters()
+        rows = rows or (SLAB if engine.device == "cpu" else min(engine.rows, GPU_ROWS))
         self.running, self.waiting, self.rows, self.round_seconds = running, waiting, rows, round_seconds
         slow = engine.device == "cpu" and engine.config.num_parameters() >= SLOW
         self.step = step or (min(64, rows) if slow else rows)
-        self.state_bytes = _memory() // 4 if state_bytes is None else state_bytes
+        self.state_bytes = engine.memory // (4 if engine.device == "cpu" else 2) if state_bytes is None else state_bytes
         self._unread: list[tuple[float, int, Stream]] = []  # prompts not read to the end, in order of service
         self._writing: list[Stream] = []
         self._clock = FairClock()
@@ -279,6 +284,8 @@ class Scheduler:
     def _work(self) -> None:
         while True:
             with self._changed:
+                if not self._unread:
+                    self._clock.clear()  # nobody waits: nothing is owed
                 while not (self._unread or self._writing):
                     if self._closing:
                         return
@@ -400,6 +407,10 @@ class Scheduler:
         stream.begun = time.monotonic()
         self._held_bytes += stream._bytes
         stream.writer.begin()
+        # What the cache had come to hold since it came in counts as read at once. Otherwise the simulated machines
+        # would fall ever further behind, and whoever waits for its turn there would wait for ever.
+        with self._changed:
+            self._clock.advance(max(0, stream._work - stream.writer.unread))
         self.counters.prompt_tokens += len(stream.writer.prompt)
         self.counters.reused_tokens += stream.writer.reused_tokens
 

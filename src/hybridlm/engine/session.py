@@ -91,7 +91,7 @@ class Session:
         path = Path(path)
         try:
             with path.open("rb") as file:
-                state = State.read(file, path.stat().st_size, str(path), self.engine.layout)
+                state = State.read(file, path.stat().st_size, str(path), self.engine.layout, like=self.state)
         except OSError as error:
             reason = f"cannot be read ({error.strerror}); give a file that Session.save wrote"
             raise FormatError(f"{path}: {reason}") from None

@@ -1,14 +1,15 @@
-"""Speculative decoding without a second model: guess from the text itself, check many guesses in one pass.
+"""Speculative decoding: guess what comes next, check many guesses in one pass.
 
-Reading eight tokens costs a memory-bound machine little more than reading one, because the weights are read once. So
-whenever the last few tokens have occurred before, what followed then is guessed to follow now (prompt lookup, Saxena
-2023). One pass reads the chosen token and the guesses and says what follows each; the sampler then chooses token after
-token as it would without guesses, and the first choice that differs from its guess ends the round. The state takes
-back what was guessed wrong.
+Reading eight tokens costs a memory-bound machine little more than reading one, because the weights are read once.
+Guesses come from the text itself (`Lookup`: where the last few tokens have occurred before, what followed then is
+guessed to follow now; prompt lookup, Saxena 2023) or from a smaller model (`Draft`). One pass reads the chosen token
+and the guesses and says what follows each; the sampler then chooses token after token as it would without guesses, and
+the first choice that differs from its guess ends the round. The state takes back what was guessed wrong.
 
-Choosing with the same sampler from the same logits keeps the distribution exactly: a right guess changes nothing but
-the time. The same seed even gives the same text, as far as a pass over several rows and one over a single row round
-alike.
+Choosing with the same sampler from the same logits keeps the distribution exactly, whatever the guesses are: a right
+one changes nothing but the time. The same seed even gives the same text, as far as a pass over several rows and one
+over a single row round alike. A draft model samples with the random numbers that the sampler will draw next, so that
+the two agree about as often as their distributions do.
 
 How many guesses are worth checking follows from how many were right lately: the number k that makes
 (1 + p + ... + p^k) / cost(k) largest, where p is the recent rate and cost(k) what a pass with k guesses costs next to
@@ -17,18 +18,37 @@ a plain one. Where even one guess does not pay, none is made, except for a probe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from hybridlm.engine.sampler import Sampler
+from hybridlm.errors import HybridLMError
 
 if TYPE_CHECKING:
+    from hybridlm.engine.engine import Engine
     from hybridlm.engine.session import Session
+    from hybridlm.engine.state import State
 
-__all__ = ["Lookup", "Pace", "speculate"]
+__all__ = ["Draft", "Guesser", "Lookup", "Pace", "speculate"]
 
 MOST_GUESSES = 7  # with the chosen token a pass of 8 rows
+
+
+class Guesser(Protocol):
+    """Guesses what continues a growing text."""
+
+    tokens: list[int]
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The text has grown by these."""
+
+    def ready(self) -> bool:
+        """Whether there is anything to guess."""
+
+    def guess(self, most: int) -> list[int]:
+        """Up to `most` tokens that may come next."""
 
 
 class Lookup:
@@ -48,6 +68,9 @@ class Lookup:
                     self._after[tuple(self.tokens[end - n:])] = end
             self.tokens.append(int(token))
 
+    def ready(self) -> bool:
+        return bool(self.guess(1))
+
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next. A text that repeats itself is guessed to go on repeating."""
         for n in self.lengths:
@@ -58,12 +81,50 @@ class Lookup:
         return []
 
 
+class Draft:
+    """Guesses of a smaller model with the same vocabulary, which reads along."""
+
+    def __init__(self, engine: Engine, target: Engine, sampler: Sampler) -> None:
+        """`sampler` is the one that chooses; copies of it, with its random numbers to come, make the guesses."""
+        if engine.config.vocab_size != target.config.vocab_size:
+            raise HybridLMError(f"draft: has a vocabulary of {engine.config.vocab_size} tokens, {target.name} of "
+                                f"{target.config.vocab_size}; guesses need the same tokenizer")
+        self.tokens: list[int] = []
+        self.pace = Pace(Pace.ROW_COST + engine.decode_bytes_per_token() / target.decode_bytes_per_token())
+        self._session, self._sampler = engine.session(), sampler
+        self._before: State | None = None  # the guesses: recurrent states cannot be shortened
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self.tokens.extend(int(t) for t in tokens)
+
+    def ready(self) -> bool:
+        return True
+
+    def guess(self, most: int) -> list[int]:
+        session, sampler = self._session, copy.deepcopy(self._sampler)
+        if session.tokens != self.tokens[:session.position]:  # some guess was wrong
+            assert self._before is not None
+            session.restore(self._before)
+        most = min(most, session.engine.context - len(self.tokens))
+        if most <= 0:
+            return []
+        session.feed(self.tokens[session.position:])
+        self._before = session.snapshot()
+        guesses: list[int] = []
+        while True:
+            guesses.append(sampler.sample(session.logits(), chain(self.tokens, guesses)))
+            if len(guesses) == most:
+                return guesses
+            session.feed(guesses[-1:])
+
+
 class Pace:
     """How many guesses are worth a pass."""
 
     START, WEIGHT, DRIFT = 0.7, 0.08, 0.004
+    ROW_COST = 0.13
 
-    def __init__(self, row_cost: float = 0.13, start_cost: float = 0.03, undo_cost: float = 0.02) -> None:
+    def __init__(self, row_cost: float = ROW_COST, start_cost: float = 0.03, undo_cost: float = 0.02) -> None:
         """What a pass costs beyond a plain one, as shares of it: for each guess, for being a trial, and for taking
         guesses back. (As measured on two cores with models of 190M to 1B in 4 bits.)"""
         self.row_cost, self.start_cost, self.undo_cost = row_cost, start_cost, undo_cost
@@ -91,34 +152,38 @@ class Pace:
 
 
 def speculate(session: Session, sampler: Sampler, prompt: Sequence[int], eos: frozenset[int] = frozenset(),
-              most: int | None = None, pace: Pace | None = None) -> Iterator[int]:
+              most: int | None = None, pace: Pace | None = None, draft: Engine | None = None) -> Iterator[int]:
     """The tokens that plain decoding would choose, one by one, without end unless `most` says so.
 
-    `session` has read `prompt`. When a token comes out, the session has read all before it, and none after it.
+    `session` has read `prompt`. Guesses come from the text, or from `draft`, a smaller model with the same vocabulary.
+    When a token comes out, the session has read all before it, and none after it.
     """
-    engine, lookup, pace = session.engine, Lookup(), pace or Pace()
-    lookup.extend(prompt)
-    token, made = sampler.sample(session.logits(), lookup.tokens), 0
+    engine = session.engine
+    guesser: Lookup | Draft = Lookup() if draft is None else Draft(draft, session.engine, sampler)
+    pace = pace or (guesser.pace if isinstance(guesser, Draft) else Pace())
+    guesser.extend(prompt)
+    token, made = sampler.sample(session.logits(), guesser.tokens), 0
     while True:
         yield token
         made += 1
-        lookup.extend([token])
+        guesser.extend([token])
         room = engine.context - session.position - 1
         if most is not None:
             room = min(room, most - made - 1)
-        guesses = lookup.guess(min(MOST_GUESSES, room)) if room > 0 and token not in eos else []
-        if guesses:
-            guesses = guesses[:pace.guesses(len(guesses))]
-            if not guesses:
+        guesses: list[int] = []
+        if room > 0 and token not in eos and guesser.ready():
+            if count := pace.guesses(min(MOST_GUESSES, room)):
+                guesses = guesser.guess(count)
+            else:
                 pace.skip()
         if not guesses:
             session.feed([token])
-            token = sampler.sample(session.logits(), lookup.tokens)
+            token = sampler.sample(session.logits(), guesser.tokens)
             continue
         rows = engine.step([(session, [token, *guesses])], every=True, trial=True)
         chosen: list[int] = []
         for i in range(len(guesses) + 1):
-            chosen.append(sampler.sample(rows[i], chain(lookup.tokens, chosen)))
+            chosen.append(sampler.sample(rows[i], chain(guesser.tokens, chosen)))
             if i == len(guesses) or chosen[i] != guesses[i] or chosen[i] in eos:
                 break
         pace.note(sum(a == b for a, b in zip(chosen, guesses, strict=False)), len(guesses))
@@ -127,7 +192,7 @@ def speculate(session: Session, sampler: Sampler, prompt: Sequence[int], eos: fr
             for token in chosen[:-1]:
                 yield token
                 read, made = read + 1, made + 1
-                lookup.extend([token])
+                guesser.extend([token])
         finally:  # also when the caller has seen enough
             session.take_back(len(guesses) - read)
         token = chosen[-1]

@@ -1,7 +1,7 @@
 """`State`: everything a model remembers of the tokens it has read, in main memory.
 
 It has two parts. Gated DeltaNet layers keep a matrix per head and the last few convolution inputs: of fixed size, and
-rewritten by every token. Attention layers keep the keys and values of every token, in pages of 64 tokens that are
+rewritten by every token. Attention layers keep the keys and values of every token, in pages of 128 tokens that are
 written once and from then on only read.
 
 So growing adds a page and moves nothing. A clone copies the fixed part and the last, unfinished page; full pages are
@@ -22,6 +22,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -31,7 +32,7 @@ from hybridlm.errors import FormatError
 
 __all__ = ["Pages", "State", "Trial"]
 
-_MAGIC, _VERSION = b"hlmstate", 1
+_MAGIC, _VERSION = b"hlmstate", 2
 _PREFIX = struct.Struct("<8sII")  # magic, version, header bytes
 _MAX_HEADER = 1 << 28
 
@@ -112,7 +113,7 @@ class State:
         self.recurrent = _floats((layers, *layout.recurrent))
         self.hidden = _floats((layout.hidden,))  # the last token's, after the final norm: what the head needs
         self.groups = tuple(Pages(layout, g) for g in range(len(layout.windows)))
-        self.trial: Trial | None = None
+        self.trial: Any = None
 
     @property
     def position(self) -> int:
@@ -160,7 +161,28 @@ class State:
             array[...] = 0
         self.groups = tuple(Pages(self.layout, g) for g in range(len(self.layout.windows)))
 
+    def new_trial(self) -> Any:
+        """What the next pass shall keep, should it be taken back."""
+        return Trial(self)
+
     # -- bytes ---------------------------------------------------------------------------------------------------
+
+    def block_bytes(self, block: Any) -> Any:
+        """A full page as a buffer."""
+        return block
+
+    def block_of(self, data: Any) -> Any:
+        """A page from its bytes, where this state's pages are."""
+        return self.block(data)
+
+    def rebuilt(self, tokens: list[int], own: Any, blocks: Sequence[Any]) -> State:
+        """Another state of this layout, where this one is; see `rebuild`."""
+        return State.rebuild(self.layout, tokens, own, blocks)
+
+    def loaded(self, data: bytes | bytearray | memoryview) -> State:
+        """Another state of this layout, where this one is, from bytes; see `from_bytes`."""
+        view = memoryview(data)
+        return self.read(io.BytesIO(view), len(view), "state", self.layout, like=self)
 
     @staticmethod
     def block(data: Any) -> np.ndarray:
@@ -220,14 +242,17 @@ class State:
         header = json.dumps({"layout": asdict(self.layout), "tokens": self.tokens}, separators=(",", ":")).encode()
         header += b" " * (-(len(header) + _PREFIX.size) % 64)
         digest = hashlib.sha256()
-        for part in [_PREFIX.pack(_MAGIC, _VERSION, len(header)), header, *self.own_parts(), *self.blocks()]:
+        pages = (self.block_bytes(block) for block in self.blocks())
+        for part in chain([_PREFIX.pack(_MAGIC, _VERSION, len(header)), header], self.own_parts(), pages):
             digest.update(part)
             stream.write(part)
         stream.write(digest.digest())
 
     @classmethod
-    def read(cls, stream: BinaryIO, size: int, name: str, layout: Layout | None = None) -> State:
-        """`from_bytes` from a stream of `size` bytes; `name` is what errors call it."""
+    def read(cls, stream: BinaryIO, size: int, name: str, layout: Layout | None = None,
+             like: State | None = None) -> State:
+        """`from_bytes` from a stream of `size` bytes; `name` is what errors call it. The state comes to where `like`
+        is, on a device perhaps."""
 
         def refuse(reason: str) -> FormatError:
             return FormatError(f"{name}: {reason}; read the text again to make a new one")
@@ -266,7 +291,7 @@ class State:
             parts.append(part)
         if stream.read(32) != digest.digest():
             raise refuse("damaged, its checksum does not match")
-        return cls.rebuild(found, tokens, parts[0], parts[1:])
+        return like.rebuilt(tokens, parts[0], parts[1:]) if like else cls.rebuild(found, tokens, parts[0], parts[1:])
 
     def __repr__(self) -> str:
         return f"State(position={self.position}, nbytes={self.nbytes})"

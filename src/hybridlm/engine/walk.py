@@ -11,7 +11,7 @@ D model width, everything [T, width] and float32 unless the operations say other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ import numpy as np
 from hybridlm.config import Rope
 from hybridlm.engine.weights import MLP, AttentionLayer, DeltaNetLayer, Weights
 
-__all__ = ["Batch", "Ops", "Segment", "forward", "logits"]
+__all__ = ["Batch", "Ops", "Segment", "forward", "logits", "logprobs_of"]
 
 Array = Any  # of the device: numpy on the CPU
 Handle = Any  # a weight as the device's loader returned it
@@ -61,8 +61,16 @@ class Batch:
 class Ops(Protocol):
     """What a device must be able to do. Results may live in buffers that the same call of the next layer reuses."""
 
+    slab: int | None  # rows of a pass at most; None for what suits a processor
+
     def state(self) -> Any:
         """The state before the first token."""
+
+    def run(self, layers: Callable[[], Array]) -> Array:
+        """The result of `layers()`, the pass that has begun; or of a recording of it, played back."""
+
+    def stack(self, rows: Sequence[Array]) -> Array:
+        """Rows one above the other, copied."""
 
     def begin(self, batch: Batch) -> None:
         """Once before each pass: make room in the states, prepare rotary tables."""
@@ -99,7 +107,10 @@ class Ops(Protocol):
         """Store k and v, then causal softmax attention over what is stored, scale head_dim^-0.5. [T, D]."""
 
     def head(self, x: Array, weight: Handle) -> Array:
-        """x W^T as a fresh array that the caller owns."""
+        """x W^T as a fresh array in main memory that the caller owns."""
+
+    def logprobs(self, x: Array, weight: Handle, targets: np.ndarray) -> np.ndarray:
+        """Float32 [n]: the log-probability of a target after each row, from the head's logits."""
 
 
 def forward(weights: Weights, ops: Ops, batch: Batch) -> Array:
@@ -107,8 +118,12 @@ def forward(weights: Weights, ops: Ops, batch: Batch) -> Array:
 
     The caller advances the states' positions. Apply `logits` to the rows that need it.
     """
-    config = weights.config
     ops.begin(batch)
+    return ops.run(lambda: _layers(weights, ops, batch))
+
+
+def _layers(weights: Weights, ops: Ops, batch: Batch) -> Array:
+    config = weights.config
     x = ops.embed(weights.embed, batch)
     for i, layer in enumerate(weights.layers):
         if isinstance(layer, DeltaNetLayer):
@@ -121,6 +136,14 @@ def forward(weights: Weights, ops: Ops, batch: Batch) -> Array:
 def logits(weights: Weights, ops: Ops, hidden: Array) -> Array:
     """[n, vocab] of n rows of `forward`'s result; the head is the input table where they are tied."""
     return ops.head(hidden, weights.head)
+
+
+def logprobs_of(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Float32 [n]: log-softmax of logits [n, vocab], which it overwrites, at the targets."""
+    logits -= logits.max(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(logits, targets[:, None].astype(np.int64), axis=-1)[:, 0]
+    np.exp(logits, out=logits)
+    return (chosen - np.log(logits.sum(axis=-1, dtype=np.float64))).astype(np.float32)
 
 
 def _gdn_block(ops: Ops, i: int, w: DeltaNetLayer, x: Array, batch: Batch, eps: float) -> Array:

@@ -6,22 +6,27 @@ up to rounding: it is what chat, serving and the prefix cache rely on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from hybridlm.evals.agreement import Budget, Path, Rows
+from hybridlm.evals.agreement import Agreement, Budget, Path, Rows
 
-__all__ = ["EIGHT_BIT", "EXACT", "Pair", "among_others", "in_pieces", "pairs_of", "saved_and_loaded", "token_by_token",
-           "whole"]
+__all__ = ["BF16", "EIGHT_BIT", "EXACT", "Pair", "among_others", "device_pairs", "in_pieces", "pairs_of",
+           "saved_and_loaded", "token_by_token", "whole"]
 
 # Measured on the 22M model: float32 kernels agree to 4e-13 on average and 6e-12 at worst. Activations rounded to 8 bits
 # amplify the last bit of what goes into the rounding, so that every two paths differ by it: 5e-4 and 3e-3.
 EXACT = Budget(mean_kl=1e-7, max_kl=1e-5)
 EIGHT_BIT = Budget(mean_kl=5e-3, max_kl=5e-2, top1=0.98)
 
-Pair = tuple[Path, Path, Budget]  # reference, other, what they may differ by
+# What rounding weights' products to bfloat16 may cost a model in PyTorch's own operations.
+BF16 = Budget(mean_kl=1e-2, max_kl=1.0, top1=0.98)
+FAST = 1.1  # times that, measured, is what a fast path may cost
+
+# Reference, other, what they may differ by; the last may be known only when it is their turn.
+Pair = tuple[Path, Path, "Budget | Callable[[], Budget]"]
 
 _SLAB = 256  # tokens whose logits exist at a time
 
@@ -81,7 +86,7 @@ def saved_and_loaded(engine: Any, name: str = "saved and loaded") -> Path:
         session = engine.session()
         for piece in _pieces(tokens, 211, 1):
             yield engine.step([(session, piece)], every=True)
-            session.restore(type(session.state).from_bytes(session.snapshot().to_bytes(), engine.layout))
+            session.restore(session.state.loaded(session.snapshot().to_bytes()))
 
     return Path(name, rows)
 
@@ -90,6 +95,33 @@ def pairs_of(engine: Any, budget: Budget, label: str = "") -> list[Pair]:
     """Every way to read with one engine, against reading in one go."""
     ways = (token_by_token(engine), in_pieces(engine), among_others(engine), saved_and_loaded(engine))
     return [(whole(engine, f"{label}in one go"), Path(label + way.name, way.rows), budget) for way in ways]
+
+
+def device_pairs(exact: Any, plain: Any, fast: Any, invariant: Any, budget: Budget, results: list[Agreement]
+                 ) -> list[Pair]:
+    """A GPU engine's ways to read, each against float32.
+
+    exact: in float32; plain: bfloat16 by PyTorch's own operations; fast: as it is used, `invariant` so as well. The
+    first two pairs say what bfloat16 costs, read in one go and token by token, and must keep to `budget`; each fast
+    path may cost `FAST` times that. `results` receives what has been compared, in order.
+    """
+    reference = whole(exact, "float32")
+    floor = [(reference, whole(plain, "bf16, PyTorch, in one go"), budget),
+             (reference, token_by_token(plain, "bf16, PyTorch, token by token"), budget)]
+
+    def within(base: int) -> Callable[[], Budget]:
+        def measured() -> Budget:
+            r = results[base]
+            # Of thousands of positions the worst one is chance; the mean is not.
+            return Budget(FAST * r.mean_kl + EXACT.mean_kl, 4 * r.max_kl + EXACT.max_kl, min(budget.top1, r.top1_clear))
+        return measured
+
+    ways = ((0, whole(fast, "kernels, in one go")), (1, token_by_token(fast, "kernels, recorded steps")),
+            (0, in_pieces(fast, "kernels, in odd pieces")), (0, among_others(fast, "kernels, beside three others")),
+            (0, saved_and_loaded(fast, "kernels, saved and loaded")),
+            (0, whole(invariant, "batch-invariant, in one go")),
+            (1, token_by_token(invariant, "batch-invariant, recorded")))
+    return [*floor, *((reference, way, within(base)) for base, way in ways)]
 
 
 def _pieces(tokens: np.ndarray, most: int, seed: int) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hybridlm.config import HybridConfig
 from hybridlm.model.cache import KVCache
 from hybridlm.model.layers import Linear, RMSNorm
-from hybridlm.ops import apply_rope, fused_attention
+from hybridlm.ops import AttentionMask, apply_rope, fused_attention
 
 __all__ = ["Attention"]
 
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(kv, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None,
-                rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+                rope: tuple[Tensor, Tensor] | None = None, mask: AttentionMask | None = None) -> Tensor:
         q = self.q_norm(self.q_proj(x)).unflatten(-1, (-1, self.head_dim))
         k = self.k_norm(self.k_proj(x)).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -37,5 +37,5 @@ class Attention(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        y: Tensor = self.o_proj(fused_attention(q, k, v, window=self.window, documents=documents).flatten(2))
+        y: Tensor = self.o_proj(fused_attention(q, k, v, window=self.window, documents=documents, mask=mask).flatten(2))
         return y

@@ -14,6 +14,7 @@ from hybridlm.model.cache import DeltaNetCache, KVCache
 from hybridlm.model.gated_deltanet import GatedDeltaNet
 from hybridlm.model.layers import RMSNorm
 from hybridlm.model.mlp import MLP
+from hybridlm.ops import AttentionMask
 
 __all__ = ["AttentionBlock", "DeltaNetBlock"]
 
@@ -27,7 +28,7 @@ class DeltaNetBlock(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: DeltaNetCache | None = None, documents: Tensor | None = None,
-                rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+                rope: tuple[Tensor, Tensor] | None = None, mask: AttentionMask | None = None) -> Tensor:
         x = x + self.linear_attn(self.input_layernorm(x), cache, documents)
         y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return y
@@ -42,7 +43,7 @@ class AttentionBlock(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None,
-                rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(x, cache, documents, rope))
+                rope: tuple[Tensor, Tensor] | None = None, mask: AttentionMask | None = None) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(x, cache, documents, rope, mask))
         y: Tensor = x + self.post_feedforward_layernorm(self.mlp(x))
         return y

@@ -20,14 +20,12 @@ __all__ = ["Cache", "DeltaNetCache", "KVCache"]
 
 @dataclass(slots=True)
 class DeltaNetCache:
-    q: Tensor | None = None  # [B, W - 1, Hk K], the convolution's last inputs
-    k: Tensor | None = None
-    v: Tensor | None = None  # [B, W - 1, Hv V]
+    conv: Tensor | None = None  # [B, W - 1, 2 Hk K + Hv V], the convolution's last inputs: q, k and v side by side
     state: Tensor | None = None  # [B, Hv, K, V], float32 at least
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.q, self.k, self.v, self.state) if t is not None)
+        return sum(t.nbytes for t in (self.conv, self.state) if t is not None)
 
     def copy(self) -> DeltaNetCache:
         return copy(self)  # its tensors are replaced, never written to
@@ -57,10 +55,11 @@ class KVCache:
         return self.k[:, :end], self.v[:, :end]
 
     def _room(self, old: Tensor | None, new: Tensor, rows: int) -> Tensor:
-        """`old` if it holds `rows`, else a buffer of twice that with what is in use."""
+        """`old` if it holds `rows`, else a buffer that does, at least twice as long, with what is in use."""
         if old is not None and old.shape[1] >= rows:
             return old
-        grown = new.new_empty(new.shape[0], max(2 * rows, 256), *new.shape[2:])
+        rows = -(-rows // 256) * 256 if old is None else max(rows, 2 * old.shape[1])
+        grown = new.new_empty(new.shape[0], rows, *new.shape[2:])
         if old is not None:
             grown[:, :self.length] = old[:, :self.length]
         return grown

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hybridlm.config import HybridConfig
 from hybridlm.model.cache import DeltaNetCache
 from hybridlm.model.layers import Linear
-from hybridlm.ops import chunk_gated_delta_rule, gated_delta_rule, gated_rms_norm, short_convolution
+from hybridlm.ops import chunk_gated_delta_rule, gated_delta_rule, gated_rms_norm, projections, short_convolutions
 from hybridlm.ops.reference import widen
 
 __all__ = ["Convolution", "GatedDeltaNet"]
@@ -29,8 +29,10 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
 
-    def forward(self, x: Tensor, state: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-        return short_convolution(x, self.weight[:, 0], state, documents)
+    @property
+    def taps(self) -> Tensor:
+        """[C, W]."""
+        return self.weight[:, 0]
 
 
 class GatedDeltaNetNorm(nn.Module):
@@ -66,17 +68,18 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, cache: DeltaNetCache | None = None, documents: Tensor | None = None) -> Tensor:
         past = cache or DeltaNetCache()
-        q, past_q = self.q_conv1d(self.q_proj(x), past.q, documents)
-        k, past_k = self.k_conv1d(self.k_proj(x), past.k, documents)
-        v, past_v = self.v_conv1d(self.v_proj(x), past.v, documents)
+        qkv = projections(x, [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        (q, k, v), conv = short_convolutions(qkv, [self.q_conv1d.taps, self.k_conv1d.taps, self.v_conv1d.taps],
+                                             past.conv, documents)
         q, k = (y.unflatten(-1, (-1, self.key_dim)) for y in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
-        beta = widen(self.b_proj(x)).sigmoid() * self.beta_scale
-        g = -widen(self.A_log).exp() * F.softplus(widen(self.a_proj(x)) + self.dt_bias)
+        a, b = widen(projections(x, [self.a_proj.weight, self.b_proj.weight])).chunk(2, -1)
+        beta = b.sigmoid() * self.beta_scale
+        g = -widen(self.A_log).exp() * F.softplus(a + self.dt_bias)
         rule = gated_delta_rule if x.shape[1] == 1 else chunk_gated_delta_rule
         o, state = rule(q, k, v, g, beta, initial_state=past.state, documents=documents)
         if cache is not None:
-            cache.q, cache.k, cache.v, cache.state = past_q, past_k, past_v, state
+            cache.conv, cache.state = conv, state
         gate = self.g_proj(x).unflatten(-1, (-1, self.value_dim))
         y: Tensor = self.o_proj(self.o_norm(o, gate).flatten(2))
         return y

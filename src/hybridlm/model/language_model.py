@@ -35,7 +35,7 @@ from hybridlm.model.block import AttentionBlock, DeltaNetBlock
 from hybridlm.model.cache import Cache
 from hybridlm.model.gated_deltanet import Convolution, GatedDeltaNet
 from hybridlm.model.layers import Embedding, Linear, RMSNorm
-from hybridlm.ops import documents_of, positions_of, rope_tables
+from hybridlm.ops import AttentionMask, attention_mask, documents_of, positions_of, rope_tables
 
 __all__ = ["HybridLM"]
 
@@ -111,9 +111,10 @@ class HybridLM(nn.Module):
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         tables = self._rope_tables(input_ids, 0 if cache is None else cache.position, documents, x.dtype)
+        masks = self._masks(input_ids, documents) if cache is None else []
         for i, block in enumerate(self.model.layers):
             if cache is None:
-                x = block(x, None, documents, tables[i])
+                x = block(x, None, documents, tables[i], masks[i])
             else:  # lengths change from call to call: never the compiled form
                 x = block.forward(x, cache.layers[i], None, tables[i])
         if cache is not None:
@@ -137,6 +138,14 @@ class HybridLM(nn.Module):
                                      rope.scale)
         ropes = (self._rope_of(i) for i in range(self.config.num_hidden_layers))
         return [None if rope is None else made[rope] for rope in ropes]
+
+    def _masks(self, input_ids: Tensor, documents: Tensor | None) -> list[AttentionMask | None]:
+        """The attention mask of each layer, made once per window."""
+        c = self.config
+        windows = {c.window_of(i) for i, kind in enumerate(c.layer_types) if kind != LINEAR}
+        made = {window: attention_mask(input_ids.shape[1], window=window, documents=documents, head_dim=c.head_dim,
+                                       device=input_ids.device) for window in windows}
+        return [None if kind == LINEAR else made[c.window_of(i)] for i, kind in enumerate(c.layer_types)]
 
     def new_cache(self) -> Cache:
         """An empty cache for this model."""

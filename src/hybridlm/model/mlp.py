@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridlm.config import HybridConfig
 from hybridlm.model.layers import Linear
+from hybridlm.ops import projections, swiglu
 
 __all__ = ["MLP"]
 
@@ -19,5 +19,5 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(swiglu(projections(x, [self.gate_proj.weight, self.up_proj.weight])))
         return y

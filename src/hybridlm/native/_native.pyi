@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 
 def available() -> list[str]:
-    """Instruction sets of this build that this machine can run, worst first: "scalar", "avx2", "avx512", or "neon"."""
+    """Instruction sets of this build that this machine can run, worst first: "scalar", "avx2", "avx512", "amx" (AVX-512
+    and tiles), or "neon"."""
 
 def isa() -> str:
     """The one in use; at import the best available, or the one named by HYBRIDLM_ISA."""
@@ -37,9 +38,13 @@ class Matrix:
     def nbytes(self) -> int:
         """Bytes that one pass over the matrix reads."""
 
-def linear(x: F32, weights: list[Matrix], outs: list[F32], exact: bool = False) -> None:
+def linear(x: F32, weights: list[Matrix], outs: list[F32], exact: bool = False, prompt: bool = False) -> None:
     """outs[i][T, rows_i] = x[T, cols] W_i^T. Quantised weights meet 8-bit activations (one scale a block of 32), unless
-    `exact`, which keeps them in float32: the reference that the fast path is measured against."""
+    `exact`, which keeps them in float32: the reference that the fast path is measured against.
+
+    `prompt` says that x is rows of long texts: where the processor multiplies tiles ("amx"), both sides are rounded to
+    bfloat16 then, which is faster from about 32 rows on and nearer to float32. A row's results depend on this choice,
+    never on how many rows come with it."""
 
 def embed(table: Matrix, ids: NDArray[np.int32], out: F32) -> None:
     """out[t] = row ids[t] of the table. IndexError for an id outside it."""
@@ -99,3 +104,6 @@ def read_bandwidth(data: NDArray[np.uint8], repeats: int = 1) -> float:
 
 def int8_peak(seconds: float = 0.2) -> float:
     """Multiply-adds times two a second of register-resident 8-bit dot products on all threads."""
+
+def tile_peak(seconds: float = 0.2) -> float:
+    """The same of bfloat16 tiles; 0 where the instruction set in use has none."""

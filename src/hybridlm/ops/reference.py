@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["apply_rope", "attention", "causal_mask", "documents_of", "gated_delta_rule", "gated_rms_norm", "l2_norm",
-           "positions_of", "rms_norm", "rope_tables", "short_convolution", "widen"]
+__all__ = ["apply_rope", "attention", "causal_mask", "cross_entropy", "documents_of", "gated_delta_rule",
+           "gated_rms_norm", "l2_norm", "positions_of", "rms_norm", "rope_tables", "short_convolution", "swiglu",
+           "widen"]
 
 
 def widen(x: Tensor) -> Tensor:
@@ -51,6 +52,22 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last axis: eps is on the sum."""
     wide = widen(x)
     return (wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+# -- feed-forward and loss -------------------------------------------------------------------------------------------
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """SiLU(gate) * up, [..., F] of [..., 2 F] that holds gate and up side by side (arXiv 2002.05202)."""
+    gate, up = widen(gate_up).chunk(2, -1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, z: float = 0.0) -> Tensor:
+    """-log softmax(row)[target] + z logsumexp(row)^2 of each row of logits [N, V]: [N], 0 where the target is < 0."""
+    wide = widen(logits)
+    total = wide.logsumexp(-1)
+    picked = wide.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+    return (total - picked + z * total.square()) * (targets >= 0)
 
 
 # -- packed documents ------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from typing import Any
 
 from hybridlm.engine.chat import chat_prompt
 from hybridlm.engine.sampler import Sampler
-from hybridlm.engine.scheduler import Stream
+from hybridlm.engine.scheduler import Stream, TimedOut
 from hybridlm.engine.writer import Piece, Writer
 from hybridlm.errors import HybridLMError
 from hybridlm.server.ask import Ask
 from hybridlm.server.constraint import tools_grammar
+from hybridlm.server.errors import ApiError
 from hybridlm.server.models import Loaded
 from hybridlm.server.tools import THINK, THOUGHT, Splitter, with_tools
 
@@ -76,10 +77,19 @@ class Answer:
         if self.stream.ended is None:
             self.stream.cancel()
 
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        try:
+            async for piece in self.stream:
+                yield piece
+        except TimedOut as error:
+            if self.ask.seconds is None:
+                raise
+            raise ApiError(408, str(error), param="timeout") from None  # by the client's own wish
+
     async def __aiter__(self) -> AsyncIterator[Part]:
         pieces: list[Piece] = []
         called = False
-        async for piece in self.stream:
+        async for piece in self._pieces():
             if piece.token is not None and piece.finish != "eos":
                 pieces.append(piece)
             parts = list(self._splitter.push(piece.text)) if piece.text else []

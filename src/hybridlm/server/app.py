@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 
+from hybridlm.errors import HybridLMError
 from hybridlm.server import anthropic, ollama, openai
 from hybridlm.server.errors import ApiError
 from hybridlm.server.guard import Guard
@@ -40,7 +41,11 @@ def create_app(models: list[Model], settings: Settings | None = None) -> Guard:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        await served.preload()
+        try:
+            await served.preload()
+        except HybridLMError as error:
+            guard.state.failed = error
+            raise
         tending = asyncio.create_task(served.tend())
         try:
             yield
@@ -68,7 +73,8 @@ def create_app(models: list[Model], settings: Settings | None = None) -> Guard:
         Route("/", _page),
         Route("/page/{file}", _page),
     ])
-    return Guard(router, State({"models": served, "settings": settings, "metrics": metrics}))
+    guard = Guard(router, State({"models": served, "settings": settings, "metrics": metrics, "failed": None}))
+    return guard
 
 
 async def _health(request: Request) -> Response:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -42,7 +43,7 @@ class Loaded:
         self.created = int(time.time())
         self.users = 0
         self.used = time.monotonic()
-        self.keep_until: float | None = None  # as a client wished; inf for ever
+        self.keep_seconds: float | None = None  # after the last use, as a client wished
         self._grammar: Grammar | None = None
         self._turn_end: tuple[int, ...] | None = None
         self._saved = 0
@@ -198,6 +199,12 @@ class Models:
             await asyncio.to_thread(loaded.close)
             log.info("model closed", extra={"data": {"model": model.name}})
 
+    def until(self, model: Model, loaded: Loaded) -> float:
+        """When a model that nobody uses any more would be closed, on the monotonic clock."""
+        if loaded.keep_seconds is not None:
+            return loaded.used + loaded.keep_seconds
+        return loaded.used + self.settings.idle_seconds if self.settings.idle_seconds and not model.pinned else math.inf
+
     async def tend(self) -> None:
         """For ever: close what is idle, save what should outlive a crash."""
         saved = time.monotonic()
@@ -207,10 +214,7 @@ class Models:
             for model in list(self.all.values()):
                 if (loaded := model.loaded) is None:
                     continue
-                idle = self.settings.idle_seconds
-                until = loaded.keep_until if loaded.keep_until is not None else (
-                    loaded.used + idle if idle and not model.pinned else float("inf"))
-                if now > until and not loaded.users:
+                if now > self.until(model, loaded) and not loaded.users:
                     await self.unload(model)
             if now - saved > self.settings.cache_save_seconds:
                 for loaded in self.open:

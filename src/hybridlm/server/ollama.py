@@ -140,7 +140,7 @@ async def _keep(request: Request, r: Common) -> None:
         return
     seconds = _seconds(r.keep_alive)
     async with request.app.state.models.use(r.model) as loaded:
-        loaded.keep_until = time.monotonic() + seconds
+        loaded.keep_seconds = seconds
 
 
 async def generate(request: Request) -> Response:
@@ -269,9 +269,7 @@ async def ps(request: Request) -> Response:
     entries = []
     for m in models.all.values():
         if m.loaded is not None:
-            idle = models.settings.idle_seconds
-            until = m.loaded.keep_until or (m.loaded.used + idle if idle and not m.pinned else math.inf)
-            left = min(1e9, until - time.monotonic())
+            left = min(1e9, models.until(m, m.loaded) - time.monotonic())
             expires = (datetime.now(UTC) + timedelta(seconds=left)).isoformat().replace("+00:00", "Z")
             entries.append({**_entry(m), "expires_at": expires, "size_vram": 0,
                             "context_length": m.loaded.engine.context})

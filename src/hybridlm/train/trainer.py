@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from hybridlm.data import Batch, BatchOrder, TokenStream
 from hybridlm.errors import ConfigError, HybridLMError
 from hybridlm.model import HybridLM
+from hybridlm.ops import linear_cross_entropy
 from hybridlm.train import checkpoint
-from hybridlm.train.loss import ChunkedCrossEntropy, chunk_gradients
 from hybridlm.train.metrics import Metrics
 from hybridlm.train.optimizer import adamw, learning_rate
 from hybridlm.train.recipe import Recipe
@@ -63,7 +63,6 @@ class Trainer:
         if recipe.compile:
             self.model.compile_blocks()
         self.optimizer = adamw(self.model, recipe)
-        self.chunk = torch.compile(chunk_gradients, dynamic=False) if recipe.compile else chunk_gradients
         self.step = self.first = 0  # updates behind us; and when this process began
         self.clock = 0.0  # seconds that earlier processes spent on this run
         self.began = time.monotonic() if began is None else began
@@ -99,8 +98,8 @@ class Trainer:
     def loss(self, inputs: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
         """Summed cross-entropy of a piece."""
         hidden = self.model.hidden(inputs, documents=documents)
-        return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.model.head_weight, targets.flatten(),
-                                         self.recipe.z_loss, self.chunk)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, targets.flatten(),
+                                    self.recipe.z_loss)
 
     def _to_device(self, array: Any) -> Tensor:
         tensor = torch.from_numpy(array)

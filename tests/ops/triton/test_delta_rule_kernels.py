@@ -71,11 +71,10 @@ def usage(kernel, key=96, value=192, target=90, **constants):
 
 LIMITS = [
     ("prepare_kernel", {}, 128, 56, 4),
-    ("scan_kernel", {"OUTPUT": True, "STATES": False, "FINAL": True}, 32, 112, 2),
-    ("scan_kernel", {"OUTPUT": False, "STATES": True, "FINAL": False}, 32, 112, 2),
-    ("output_kernel", {}, 0, 112, 2),
+    ("scan_kernel", {"OUTPUT": True, "STATES": False}, 32, 112, 2),
+    ("scan_kernel", {"OUTPUT": False, "STATES": True}, 32, 112, 2),
     ("reverse_scan_kernel", {}, 32, 112, 2),
-    ("gradient_kernel", {}, 800, 112, 2),
+    ("gradient_kernel", {}, 640, 112, 2),
 ]
 
 

@@ -125,14 +125,23 @@ static void attend(const AttentionCall& c, int64_t kh, int64_t tile, int64_t spa
         const int64_t offset = (kh * c.block + inside) * row_bytes;
         const uint8_t* k = reinterpret_cast<const uint8_t*>(uintptr_t(addresses[0])) + offset;
         const uint8_t* v = reinterpret_cast<const uint8_t*>(uintptr_t(addresses[1])) + offset;
+        KvAhead ahead;
+        if (r.few && at + n < hi) {
+            const int64_t next = (at + n) % c.block, rest = least(int64_t(KEYS), least(c.block - next, hi - at - n));
+            const uint64_t* where = c.table + (at + n) / c.block * 2;
+            ahead.bytes = rest * row_bytes / 2;
+            for (int s = 0; s < 4; s++)
+                ahead.at[s] = reinterpret_cast<const uint8_t*>(uintptr_t(where[s / 2])) +
+                              (kh * c.block + next) * row_bytes + s % 2 * ahead.bytes;
+        }
         // p[i * row + j * key]: the score of row i and key j.
         const int64_t row = r.few ? int64_t(KEYS) : 1, key = r.few ? 1 : r.rows;
         if (r.rows == 1) {
-            kv_dots<TYPE, 1>(r.q, dp, k, row_bytes, n, c.d, r.p, KEYS);
+            kv_dots<TYPE, 1>(r.q, dp, k, row_bytes, n, c.d, r.p, KEYS, &ahead);
         } else if (r.rows == 2 && r.few) {
-            kv_dots<TYPE, 2>(r.q, dp, k, row_bytes, n, c.d, r.p, KEYS);
+            kv_dots<TYPE, 2>(r.q, dp, k, row_bytes, n, c.d, r.p, KEYS, &ahead);
         } else if (r.few) {
-            kv_dots<TYPE, 4>(r.q, dp, k, row_bytes, n, c.d, r.p, KEYS);
+            kv_dots<TYPE, 4>(r.q, dp, k, row_bytes, n, c.d, r.p, KEYS, &ahead);
         } else {
             kv_convert<TYPE>(k, row_bytes, n, c.d, r.keys, dp);
             gemm<FRESH>(r.keys, dp, 1, r.q, r.rows, n, r.rows, c.d, r.p, r.rows);
@@ -146,9 +155,9 @@ static void attend(const AttentionCall& c, int64_t kh, int64_t tile, int64_t spa
         if (r.few) {
             for (int64_t i = 0; i < rows; i++)
                 soften_row(r.p + i * KEYS, n, r.o + i * dp, dp, r.top[i], r.sum[i]);
-            if (r.rows == 1) kv_weigh<TYPE, 1>(r.p, KEYS, v, row_bytes, n, c.d, r.o, dp);
-            else if (r.rows == 2) kv_weigh<TYPE, 2>(r.p, KEYS, v, row_bytes, n, c.d, r.o, dp);
-            else kv_weigh<TYPE, 4>(r.p, KEYS, v, row_bytes, n, c.d, r.o, dp);
+            if (r.rows == 1) kv_weigh<TYPE, 1>(r.p, KEYS, v, row_bytes, n, c.d, r.o, dp, &ahead);
+            else if (r.rows == 2) kv_weigh<TYPE, 2>(r.p, KEYS, v, row_bytes, n, c.d, r.o, dp, &ahead);
+            else kv_weigh<TYPE, 4>(r.p, KEYS, v, row_bytes, n, c.d, r.o, dp, &ahead);
         } else {
             soften_columns(r.p, n, r.rows, r.top, r.sum, r.fade);
             for (int64_t i = 0; i < rows; i++) {

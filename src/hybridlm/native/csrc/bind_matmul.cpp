@@ -104,12 +104,13 @@ struct Job {
     float* out;
 };
 
+struct Part {
+    const Job* job;
+    int64_t first, last;  // rows or panels
+};
+
 void multiply_floats(const Kernels& k, const float* x, int64_t t, int64_t cols, const std::vector<Job>& jobs) {
     // Parts of about 128k weights, and enough of them for everybody.
-    struct Part {
-        const Job* job;
-        int64_t first, last;
-    };
     std::vector<Part> parts;
     const int64_t unit = float_rows(cols);
     int64_t total = 0;
@@ -127,6 +128,26 @@ void multiply_floats(const Kernels& k, const float* x, int64_t t, int64_t cols, 
         k.matmul.floats(m.type, m.data, cols, part.first, part.last, x, t, part.job->out, m.rows,
                         scratch(thread, float_scratch(cols)));
     });
+}
+
+// Panels of all matrices in a row, cut into parts that get smaller towards the end: long ones stream well, short ones let
+// everybody finish together.
+std::vector<Part> panel_parts(const std::vector<Job>& jobs, int lanes, int64_t most) {
+    std::vector<Part> parts;
+    auto panels_of = [&](const Job& job) { return (job.matrix->rows + lanes - 1) / lanes; };
+    int64_t left = 0, size = 0;
+    for (const Job& job : jobs) left += panels_of(job);
+    int given = 0;
+    for (const Job& job : jobs) {
+        const int64_t n = panels_of(job);
+        for (int64_t p = 0; p < n;) {
+            if (given++ % threads() == 0) size = std::max<int64_t>(1, (left + 3 * threads() - 1) / (3 * threads()));
+            const int64_t take = std::min(std::min(size, most), n - p);
+            parts.push_back({&job, p, p + take});
+            p += take, left -= take;
+        }
+    }
+    return parts;
 }
 
 void multiply_quantised(const Kernels& k, const float* x, int64_t t, int64_t cols, const std::vector<Job>& jobs) {
@@ -165,39 +186,47 @@ void multiply_quantised(const Kernels& k, const float* x, int64_t t, int64_t col
         parallel_for(static_cast<int64_t>(tiles.size()), quantise);
     }
 
-    // Panels of all matrices in a row, cut into parts that get smaller towards the end: long ones stream well, short
-    // ones let everybody finish together.
-    struct Part {
-        const Job* job;
-        int64_t first, last;
-    };
-    std::vector<Part> parts;
-    const int lanes = k.matmul.lanes;
-    auto panels_of = [&](const Job& job) { return (job.matrix->rows + lanes - 1) / lanes; };
-    int64_t left = 0;
-    for (const Job& job : jobs) left += panels_of(job);
-    int64_t size = 0;
-    int given = 0;
-    for (const Job& job : jobs) {
-        const int64_t n = panels_of(job);
-        for (int64_t p = 0; p < n;) {
-            if (given++ % threads() == 0) size = std::max<int64_t>(1, (left + 3 * threads() - 1) / (3 * threads()));
-            const int64_t take = std::min(size, n - p);
-            parts.push_back({&job, p, p + take});
-            p += take, left -= take;
-        }
-    }
+    const int64_t lanes = k.matmul.lanes;
+    const std::vector<Part> parts = panel_parts(jobs, k.matmul.lanes, INT64_MAX);
     const size_t bytes = k.matmul.scratch_bytes(cols);
     parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t i, int thread) {
         const Part& part = parts[static_cast<size_t>(i)];
         const Matrix& m = *part.job->matrix;
+        // The others take the next parts, this thread most likely the one after those.
+        const uint8_t* after = nullptr;
+        if (const size_t j = static_cast<size_t>(i + threads()); j < parts.size()) {
+            const Matrix& then = *parts[j].job->matrix;
+            if (then.type == m.type && (parts[j].first + 1) * lanes <= then.rows)
+                after = then.data + parts[j].first * lanes * then.row_bytes;
+        }
         k.matmul.quantised(m.type, m.data, m.rows, cols, part.first, part.last, tiles.data(),
-                           static_cast<int>(tiles.size()), part.job->out, m.rows, scratch(thread, bytes));
+                           static_cast<int>(tiles.size()), after, part.job->out, m.rows, scratch(thread, bytes));
     });
 }
 
+void multiply_tiles(const Kernels& k, const float* x, int64_t t, int64_t cols, const std::vector<Job>& jobs) {
+    const TileKernels& tiles = *k.matmul.tiles;
+    constexpr int64_t most_rows = 512, most_panels = 32;  // what sums in the second cache allow
+    static thread_local Arena arena;
+    const std::vector<Part> parts = panel_parts(jobs, k.matmul.lanes, most_panels);
+    for (int64_t row = 0; row < t; row += most_rows) {
+        const int64_t n = std::min(most_rows, t - row);
+        arena.reset(tiles.arranged_bytes(n, cols));
+        uint16_t* arranged = arena.take<uint16_t>(static_cast<int64_t>(tiles.arranged_bytes(n, cols) / 2));
+        parallel_for((n + 15) / 16,
+                     [&](int64_t i, int) { tiles.arrange(x + row * cols, n, cols, i, arranged); });
+        parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t i, int thread) {
+            const Part& part = parts[static_cast<size_t>(i)];
+            const Matrix& m = *part.job->matrix;
+            tiles.product(m.type, m.data, m.rows, cols, part.first, part.last, arranged, n,
+                          part.job->out + row * m.rows, m.rows,
+                          scratch(thread, tiles.scratch_bytes(n, part.last - part.first)));
+        });
+    }
+}
+
 void linear(const Array<const float, 2>& x, const std::vector<const Matrix*>& weights,
-            const std::vector<Array<float, 2>>& outs, bool exact) {
+            const std::vector<Array<float, 2>>& outs, bool exact, bool prompt) {
     const int64_t t = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
     if (weights.size() != outs.size())
         refuse(std::to_string(weights.size()) + " weights but " + std::to_string(outs.size()) + " outs");
@@ -216,7 +245,9 @@ void linear(const Array<const float, 2>& x, const std::vector<const Matrix*>& we
     nb::gil_scoped_release release;
     const Kernels& k = kernels();
     if (!floats.empty()) multiply_floats(k, x.data(), t, cols, floats);
-    if (!quantised.empty()) multiply_quantised(k, x.data(), t, cols, quantised);
+    if (quantised.empty()) return;
+    if (prompt && k.matmul.tiles) multiply_tiles(k, x.data(), t, cols, quantised);
+    else multiply_quantised(k, x.data(), t, cols, quantised);
 }
 
 void embed(const Matrix& table, const Array<const int32_t, 1>& ids, const Array<float, 2>& out) {
@@ -303,10 +334,9 @@ double read_bandwidth(const Array<const uint8_t, 1>& data, int repeats) {
     return best;
 }
 
-double int8_peak(double seconds) {
-    nb::gil_scoped_release release;
-    const Kernels& k = kernels();
-    const int64_t parts = threads(), turns = 20000;
+// Operations a second of a loop in registers, on all threads: the best of several tries.
+double peak_of(double (*loop)(int64_t), int64_t turns, double seconds) {
+    const int64_t parts = threads();
     double best = 0;
     const auto begin = std::chrono::steady_clock::now();
     do {
@@ -314,12 +344,23 @@ double int8_peak(double seconds) {
         auto start = std::chrono::steady_clock::now();
         parallel_for(parts, [&](int64_t, int) {
             double operations = 0;
-            for (int i = 0; i < 20; ++i) operations += k.matmul.peak(turns);
+            for (int i = 0; i < 20; ++i) operations += loop(turns);
             done += static_cast<int64_t>(operations);
         });
         best = std::max(best, static_cast<double>(done.load()) / seconds_since(start));
     } while (seconds_since(begin) < seconds);
     return best;
+}
+
+double int8_peak(double seconds) {
+    nb::gil_scoped_release release;
+    return peak_of(kernels().matmul.peak, 20000, seconds);
+}
+
+double tile_peak(double seconds) {
+    nb::gil_scoped_release release;
+    const TileKernels* tiles = kernels().matmul.tiles;
+    return tiles ? peak_of(tiles->peak, 5000, seconds) : 0;
 }
 
 }  // namespace
@@ -333,11 +374,12 @@ void bind_matmul(nb::module_& m) {
         .def_ro("type", &Matrix::type)
         .def_prop_ro("nbytes", [](const Matrix& self) { return self.rows * self.row_bytes; });
     m.def("linear", linear, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outs").noconvert(),
-          nb::arg("exact") = false);
+          nb::arg("exact") = false, nb::arg("prompt") = false);
     m.def("embed", embed, nb::arg("table"), nb::arg("ids").noconvert(), nb::arg("out").noconvert());
     m.def("quantize", quantize, nb::arg("type"), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
           nb::arg("importance").noconvert().none() = nb::none());
     m.def("dequantize", dequantize, nb::arg("type"), nb::arg("data").noconvert(), nb::arg("out").noconvert());
     m.def("read_bandwidth", read_bandwidth, nb::arg("data").noconvert(), nb::arg("repeats") = 1);
     m.def("int8_peak", int8_peak, nb::arg("seconds") = 0.2);
+    m.def("tile_peak", tile_peak, nb::arg("seconds") = 0.2);
 }

@@ -11,6 +11,18 @@ namespace {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
+#ifdef HYBRIDLM_HAVE_AMX
+const Kernels& with_tiles() {
+    static const Kernels table = [] {
+        Kernels k = avx512::table;
+        k.name = "amx";
+        k.matmul.tiles = &amx::tiles;
+        return k;
+    }();
+    return table;
+}
+#endif
+
 }  // namespace
 
 int available(const Kernels** out) {
@@ -22,6 +34,10 @@ int available(const Kernels** out) {
 #endif
 #ifdef HYBRIDLM_HAVE_AVX512
     if (has.avx512) out[count++] = &avx512::table;
+#endif
+#ifdef HYBRIDLM_HAVE_AMX
+    [[maybe_unused]] static const bool allowed = has.avx512 && has.amx && os::allow_tiles();
+    if (allowed) out[count++] = &with_tiles();
 #endif
 #ifdef HYBRIDLM_HAVE_NEON
     if (has.dotprod) out[count++] = &neon::table;

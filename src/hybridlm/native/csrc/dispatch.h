@@ -20,6 +20,7 @@ namespace scalar { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 namespace neon { extern const Kernels table; }
+namespace amx { extern const TileKernels tiles; }  // besides everything of avx512
 
 // The one in use. A call reads it once, so that a change meanwhile cannot mix two.
 const Kernels& kernels();

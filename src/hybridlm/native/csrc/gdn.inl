@@ -342,7 +342,11 @@ static void recurrent_piece(const GdnCall& c, const GdnRoom& r, int64_t head, in
             if (oo != out) memcpy(out, oo, size_t(columns) * 4);
             if (block == c.V) {
                 const int64_t lines = t + 1 == n ? (fetch.lines + c.K - 1) / c.K : 0;
-                update(S, c.V, c.K, columns, g.fade[t], k, mm, [&](int64_t) { fetch.step(lines); });
+                // A third of the next state meanwhile: as much as memory gives in that time.
+                update(S, c.V, c.K, columns, g.fade[t], k, mm, [&](int64_t i) {
+                    if (ahead) fetch_row(ahead + i * 96, 96);
+                    fetch.step(lines);
+                });
             } else {
                 const float* next = t + 1 < n ? nullptr : j0 + columns < c.V ? S + j0 + columns : ahead;
                 update(S + j0, c.V, c.K, columns, g.fade[t], k, mm, [&](int64_t i) {
@@ -464,7 +468,8 @@ static void gdn_step(const GdnCall& c, const GdnRoom& r, int64_t kh, bool last) 
         gates(c, head, 0, 1, &square, g);
         Fetch fetch;
         if (!last || j + 1 < r.group) fetch_head(c, head + 1, j + 1 == r.group, fetch);
-        recurrent_piece(c, r, head, 0, 1, g, nullptr, fetch);
+        const bool more = !last || j + 1 < r.group;
+        recurrent_piece(c, r, head, 0, 1, g, more ? c.state + (head + 1) * K * c.V : nullptr, fetch);
         gated_norm(c, r.p, head, 0);
     }
 }

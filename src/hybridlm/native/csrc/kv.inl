@@ -6,6 +6,19 @@ static int64_t kv_row_bytes(int type, int64_t d) {
     return type == KV_F32 ? 4 * d : type == KV_F16 ? 2 * d : (d + 31) / 32 * 34;
 }
 
+// Fetches the keys and values that come next, in four streams of `bytes` each while a tile of keys is worked on: a core
+// gets more out of memory by several streams than by one.
+struct KvAhead {
+    const uint8_t* at[4];
+    int64_t bytes = 0, done = 0;
+
+    // Up to `share` of `whole`.
+    void step(int64_t share, int64_t whole) {
+        for (const int64_t until = bytes * share / whole; done < until; done += 64)
+            for (int s = 0; s < 4; s++) prefetch2(at[s] + done);
+    }
+};
+
 // L elements of a stored row from element i on, without the scale that a block of Q8_0 carries; `n` < L of them are
 // there at the row's end, where Q8_0 is padded with zeros.
 template <int TYPE>
@@ -94,13 +107,14 @@ HLM_INLINE void kv_products(const float* q, int64_t q_stride, const uint8_t* con
 // scores[r][j] = q_r . k_j for ROWS rows and n keys: L sums at a time, one in each lane.
 template <int TYPE, int ROWS>
 static void kv_dots(const float* q, int64_t q_stride, const uint8_t* k, int64_t row_bytes, int64_t n, int64_t d,
-                    float* scores, int64_t score_stride) {
+                    float* scores, int64_t score_stride, KvAhead* ahead = nullptr) {
     constexpr int GROUP = L / ROWS > 0 ? L / ROWS : 1;
     constexpr int COUNT = ROWS == 1 ? (GROUP < 4 ? GROUP : 4) : GROUP < 2 ? GROUP : 2;
     for (int64_t j = 0; j < n; j += GROUP) {
         V all[ROWS * GROUP];
         HLM_UNROLL
         for (int g = 0; g < GROUP; g += COUNT) {
+            if (ahead) ahead->step(j + g + COUNT, 2 * n);
             const uint8_t* key[COUNT];
             V acc[ROWS][COUNT];
             HLM_UNROLL
@@ -127,7 +141,7 @@ static void kv_dots(const float* q, int64_t q_stride, const uint8_t* k, int64_t 
 // o_r += sum_j p[r][j] v_j over n stored values, NR vectors of columns at a time.
 template <int TYPE, int ROWS, int NR>
 HLM_INLINE void kv_weigh_columns(const float* p, int64_t p_stride, const uint8_t* v, int64_t row_bytes, int64_t n,
-                                 int64_t i, float* o, int64_t o_stride) {
+                                 int64_t i, float* o, int64_t o_stride, KvAhead* ahead) {
     V acc[ROWS][NR];
     HLM_UNROLL
     for (int r = 0; r < ROWS; r++) {
@@ -135,6 +149,7 @@ HLM_INLINE void kv_weigh_columns(const float* p, int64_t p_stride, const uint8_t
         for (int c = 0; c < NR; c++) acc[r][c] = load(o + r * o_stride + i + c * L);
     }
     for (int64_t j = 0; j < n; j++, v += row_bytes) {
+        if (ahead && j % 4 == 0) ahead->step(n + j + 4, 2 * n);
         V w[ROWS];
         HLM_UNROLL
         for (int r = 0; r < ROWS; r++) w[r] = set1(p[r * p_stride + j]);
@@ -158,14 +173,14 @@ HLM_INLINE void kv_weigh_columns(const float* p, int64_t p_stride, const uint8_t
 
 template <int TYPE, int ROWS>
 static void kv_weigh(const float* p, int64_t p_stride, const uint8_t* v, int64_t row_bytes, int64_t n, int64_t d,
-                     float* o, int64_t o_stride) {
+                     float* o, int64_t o_stride, KvAhead* ahead) {
     constexpr int most_vectors = (REGISTERS == 32 ? 16 : 8) / ROWS, wanted = most_vectors > 8 ? 8 : most_vectors;
     // Of Q8_0 whole blocks, or else a vector at a time.
     constexpr int NR = TYPE == KV_Q8_0 && wanted * L % 32 != 0 ? (L < 32 ? 32 / L : 1) : wanted;
     int64_t i = 0;
     for (; i + NR * L <= d; i += NR * L)
-        kv_weigh_columns<TYPE, ROWS, NR>(p, p_stride, v, row_bytes, n, i, o, o_stride);
-    for (; i + L <= d; i += L) kv_weigh_columns<TYPE, ROWS, 1>(p, p_stride, v, row_bytes, n, i, o, o_stride);
+        kv_weigh_columns<TYPE, ROWS, NR>(p, p_stride, v, row_bytes, n, i, o, o_stride, i == 0 ? ahead : nullptr);
+    for (; i + L <= d; i += L) kv_weigh_columns<TYPE, ROWS, 1>(p, p_stride, v, row_bytes, n, i, o, o_stride, nullptr);
     if (i < d) {
         const int part = int(d - i);
         for (int64_t j = 0; j < n; j++) {

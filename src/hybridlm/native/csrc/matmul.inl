@@ -1,51 +1,11 @@
 // Matrix kernels, written over the vectors of lanes.h and compiled once per instruction set.
 
-#if defined(_MSC_VER)
-#define HYBRIDLM_INLINE static __forceinline
-#define HYBRIDLM_UNROLL
-#else
-#define HYBRIDLM_UNROLL _Pragma("GCC unroll 8")
-#if defined(HYBRIDLM_SCALAR)
-#define HYBRIDLM_INLINE inline  // arrays instead of vectors: inlining all of that takes the compiler half a minute
-#else
-#define HYBRIDLM_INLINE inline __attribute__((always_inline))
-#endif
-#endif
-
 namespace matrices {
 
-inline float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-inline uint32_t to_bits(float f) { return __builtin_bit_cast(uint32_t, f); }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Without a branch, so that loops over it become vector code.
-HYBRIDLM_INLINE float from_f16(uint16_t h) {
-    uint32_t shifted = uint32_t(h & 0x7fff) << 13;
-    float normal = from_bits(shifted) * from_bits(0x77800000);  // 2^112: the exponents' difference; subnormals too
-    uint32_t bits = shifted >= (0x7c00u << 13) ? shifted | 0x7f800000u : to_bits(normal);
-    return from_bits(bits | uint32_t(h & 0x8000) << 16);
-}
-
-HYBRIDLM_INLINE uint16_t to_f16(float f) {  // nearest, ties to even
-    uint32_t bits = to_bits(f), sign = bits >> 16 & 0x8000, x = bits & 0x7fffffff;
-    uint32_t tiny = to_bits(from_bits(x) + 0.5f) - 0x3f000000u;  // below 2^-14: the sum rounds to 2^-24 steps
-    uint32_t normal = (x - 0x38000000u + 0xfff + (x >> 13 & 1)) >> 13;
-    uint32_t h = x > 0x7f800000u ? 0x7e00u : x >= 0x477ff000u ? 0x7c00u : x < 0x38800000u ? tiny : normal;
-    return uint16_t(sign | h);
-}
-
-HYBRIDLM_INLINE float from_bf16(uint16_t h) { return from_bits(uint32_t(h) << 16); }
-
-HYBRIDLM_INLINE uint16_t to_bf16(float f) {
-    uint32_t bits = to_bits(f);
-    return uint16_t((bits & 0x7fffffff) > 0x7f800000u ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// To the nearest integer, ties to even, for |x| < 2^22.
-HYBRIDLM_INLINE int32_t nearest(float x) { return int32_t(to_bits(x + 12582912.0f)) - 0x4b400000; }
-
+#include "scalars.inl"
 #include "lanes.h"
 #include "blocks.inl"
+#include "source.inl"
 #include "quantize.inl"
 
 // ---- quantised weights ---------------------------------------------------------------------------------------------
@@ -164,31 +124,6 @@ template <class K> PanelKernel panel_kernel(int width) {
     return nullptr;
 }
 
-// A unit may reach past the last row or column: then it is copied and padded with zeros, which have scale 0.
-struct Source {
-    const uint8_t* data;
-    int64_t rows, row_bytes;
-    uint8_t* stage;
-    template <class Q> HYBRIDLM_INLINE const uint8_t* unit(int64_t row, int64_t u, size_t& stride) const {
-        int64_t have = row_bytes - u * Q::unit_bytes;
-        const uint8_t* p = data + row * row_bytes + u * Q::unit_bytes;
-        stride = static_cast<size_t>(row_bytes);
-        if (have >= Q::unit_bytes && row + lanes <= rows) return p;
-        return copy(p, smaller(rows - row, lanes), smaller(have, Q::unit_bytes), Q::unit_bytes, stride);
-    }
-    const uint8_t* copy(const uint8_t* p, int64_t valid, int64_t bytes, int64_t unit_bytes, size_t& stride) const {
-        for (int k = 0; k < lanes; ++k) {
-            uint8_t* to = stage + k * unit_bytes;
-            int64_t take = k < valid ? bytes : 0;
-            if (take) memcpy(to, p + k * row_bytes, static_cast<size_t>(take));
-            memset(to + take, 0, static_cast<size_t>(unit_bytes - take));
-        }
-        stride = static_cast<size_t>(unit_bytes);
-        return stage;
-    }
-};
-
-constexpr int64_t stage_bytes = lanes * 272 + 64;
 constexpr int64_t largest_record = 40 * lanes;
 constexpr int64_t few = 16;  // rows of x up to which weights are unpacked a unit at a time, on the way
 
@@ -204,7 +139,8 @@ inline size_t scratch_bytes(int64_t cols) {
 }
 
 template <int type> void quantised_of(const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
-                                      const Tile* tiles, int count, float* out, int64_t stride, void* scratch) {
+                                      const Tile* tiles, int count, const uint8_t* after, float* out, int64_t stride,
+                                      void* scratch) {
     using Q = Blocks<type>;
     using K = KindOf<Q>;
     constexpr int starts = Q::halves ? 2 : 1;
@@ -233,9 +169,10 @@ template <int type> void quantised_of(const uint8_t* data, int64_t rows, int64_t
     };
 
     auto ahead = [&](int64_t p, int64_t u) {
-        const bool next = p + 1 < last && (p + 2) * lanes <= rows && 256 * (u + 1) <= cols;
-        return Ahead{next ? data + (p + 1) * lanes * source.row_bytes + u * 4 * Q::unit_bytes : data,
-                     next ? 4 * source.row_bytes : 0};
+        const uint8_t* next = p + 1 == last ? after : nullptr;
+        if (p + 1 < last && (p + 2) * lanes <= rows) next = data + (p + 1) * lanes * source.row_bytes;
+        if (!next || 256 * (u + 1) > cols) return Ahead{data, 0};
+        return Ahead{next + u * 4 * Q::unit_bytes, 4 * source.row_bytes};
     };
 
     if (count == 1 && total_width <= straight) {
@@ -323,15 +260,15 @@ template <int type> void quantised_of(const uint8_t* data, int64_t rows, int64_t
 }
 
 void quantised(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
-               const Tile* tiles, int count, float* out, int64_t stride, void* scratch) {
+               const Tile* tiles, int count, const uint8_t* after, float* out, int64_t stride, void* scratch) {
     switch (type) {
-        case Q8_0: return quantised_of<Q8_0>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q4_0: return quantised_of<Q4_0>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q5_0: return quantised_of<Q5_0>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q4_K: return quantised_of<Q4_K>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q5_K: return quantised_of<Q5_K>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case Q6_K: return quantised_of<Q6_K>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
-        case IQ4_NL: return quantised_of<IQ4_NL>(data, rows, cols, first, last, tiles, count, out, stride, scratch);
+        case Q8_0: return quantised_of<Q8_0>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q4_0: return quantised_of<Q4_0>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q5_0: return quantised_of<Q5_0>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q4_K: return quantised_of<Q4_K>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q5_K: return quantised_of<Q5_K>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case Q6_K: return quantised_of<Q6_K>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
+        case IQ4_NL: return quantised_of<IQ4_NL>(data, rows, cols, first, last, tiles, count, after, out, stride, scratch);
     }
 }
 
@@ -483,5 +420,5 @@ double peak(int64_t turns) { return spin_dots(turns); }
 
 static const MatmulKernels matmul_kernels = {
     matrices::lanes,  matrices::wide_tile, matrices::activations, matrices::quantised, matrices::scratch_bytes,
-    matrices::floats, matrices::decode,    matrices::encode,      matrices::read,      matrices::peak,
+    matrices::floats, matrices::decode,    matrices::encode,      matrices::read,      matrices::peak,      nullptr,
 };

@@ -53,6 +53,17 @@ struct Tile {
     int32_t* start[4];  // [blocks][width], for the bias 32 [blocks][width][2]: one for each half of a block
 };
 
+// Many rows of x at once in bfloat16, where the processor multiplies tiles. Quantised types only.
+struct TileKernels {
+    void (*arrange)(const float* x, int64_t t, int64_t cols, int64_t i, uint16_t* out);  // rows 16 i .. 16 i + 15
+    size_t (*arranged_bytes)(int64_t t, int64_t cols);
+    // As `quantised`, of arranged x; `scratch` holds scratch_bytes(t, last - first).
+    void (*product)(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
+                    const uint16_t* x, int64_t t, float* out, int64_t stride, void* scratch);
+    size_t (*scratch_bytes)(int64_t t, int64_t panels);
+    double (*peak)(int64_t turns);  // operations that were done
+};
+
 struct MatmulKernels {
     int lanes;  // rows of weights that are worked on together: a panel
     int wide;   // rows of x of a full tile; others have 1 to min(wide, 8)
@@ -61,9 +72,10 @@ struct MatmulKernels {
     void (*activations)(const float* x, int64_t cols, const Tile& tile, unsigned slots);
 
     // out[t][row] for the rows of panels first .. last - 1 (row numbers start at `out`) and all tiles, t counting on
-    // through the tiles. `scratch` holds scratch_bytes.
+    // through the tiles. `after` is a whole panel of this type that this thread will want next, to be fetched at the
+    // end, or null. `scratch` holds scratch_bytes.
     void (*quantised)(int type, const uint8_t* data, int64_t rows, int64_t cols, int64_t first, int64_t last,
-                      const Tile* tiles, int count, float* out, int64_t stride, void* scratch);
+                      const Tile* tiles, int count, const uint8_t* after, float* out, int64_t stride, void* scratch);
     size_t (*scratch_bytes)(int64_t cols);
 
     // The same with float32 activations, for every type: rows first .. last - 1. Scratch: float_scratch(cols) bytes.
@@ -75,6 +87,8 @@ struct MatmulKernels {
 
     uint64_t (*read)(const uint8_t* data, size_t bytes);  // touches every byte, as fast as it goes
     double (*peak)(int64_t turns);                        // operations that were done
+
+    const TileKernels* tiles;  // null where there are none
 };
 
 // Rows of weights that `floats` expands at a time.

@@ -32,6 +32,9 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 namespace hybridlm::os {
 
@@ -101,9 +104,20 @@ inline void advise_huge(void* data, size_t bytes) {
 #endif
 }
 
+// Asks the system for the tile registers, for all threads of the process; false where it has no such thing or refuses.
+inline bool allow_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
 struct Features {
     bool avx2 = false;    // with FMA and F16C
     bool avx512 = false;  // F, BW, VL, DQ and VNNI
+    bool amx = false;     // tiles of bfloat16
     bool dotprod = false; // Arm, with half precision
 };
 
@@ -126,6 +140,7 @@ inline Features features() {
     f.avx2 = ymm && (leaf1[2] >> 28 & 1) && (leaf1[2] >> 12 & 1) && (leaf1[2] >> 29 & 1) && (leaf7[1] >> 5 & 1);
     f.avx512 = f.avx2 && zmm && (leaf7[1] >> 16 & 1) && (leaf7[1] >> 17 & 1) && (leaf7[1] >> 30 & 1) &&
                (leaf7[1] >> 31 & 1) && (leaf7[2] >> 11 & 1);
+    f.amx = (enabled & 0x60000) == 0x60000 && (leaf7[3] >> 22 & 1) && (leaf7[3] >> 24 & 1);
 #elif defined(__aarch64__) && defined(__linux__)
     unsigned long caps = getauxval(AT_HWCAP);
     f.dotprod = (caps >> 20 & 1) && (caps >> 10 & 1);  // HWCAP_ASIMDDP, HWCAP_ASIMDHP

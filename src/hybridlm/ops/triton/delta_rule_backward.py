@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridlm.ops.triton.delta_rule_forward import FLOOR, find, lower_half
+from hybridlm.ops.triton.delta_rule_forward import FLOOR, find
 
 
 @triton.jit(do_not_specialize=["time", "sequences"])
@@ -58,7 +58,6 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
 
     at = (r * (HK * K))[:, None]
     tile = r[:, None] * 64 + r[None, :]
-    kept = lower_half(r)
     values = (r * (H * V))[None, :] + cv[:, None]
     # do is fetched one chunk ahead into registers: shared memory for it would leave room for one program only.
     last = (chunks - 1) * 64
@@ -74,9 +73,9 @@ def reverse_scan_kernel(q, k, do, inverse, rest_inverse, scores, factors, carry,
         vc = (token * H + head) * V
         ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
         qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
-        t = tl.load(inverse + index * 4096 + tile, mask=kept, other=0.0)
-        t_rest = tl.load(rest_inverse + index * 4096 + tile, mask=kept, other=0.0)
-        p = tl.load(scores + index * 4096 + tile, mask=kept, other=0.0)
+        t = tl.load(inverse + index * 4096 + tile)
+        t_rest = tl.load(rest_inverse + index * 4096 + tile)
+        p = tl.load(scores + index * 4096 + tile)
         b = tl.load(factors + index * 448 + r)
         bk = tl.load(factors + index * 448 + 64 + r)
         into = tl.load(factors + index * 448 + 128 + r)
@@ -185,11 +184,10 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     strict = r[:, None] > r[None, :]
     same = r[:, None] == r[None, :]
     tile = index * 4096 + r[:, None] * 64 + r[None, :]
-    half = lower_half(r)
     d_ij = tl.exp(tl.where(strict, decay[:, None] - decay[None, :], 0.0)) * lk[None, :]
     db = tl.sum(tl.where(same, dl, 0.0), 1) / tl.where(here, b * b, 1.0)
     dl = tl.where(strict, dl * d_ij * -lk[:, None], 0.0)
-    tl.store(second_scratch + tile, dl.to(narrow), mask=half)
+    tl.store(second_scratch + tile, dl.to(narrow))
     gram *= dl
     over, under = tl.sum(gram, 1), tl.sum(gram, 0)
     along_k = over + under
@@ -200,7 +198,7 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
         qb = tl.load(q + at + cb[None, :], mask=sides, other=0.0)
         pairs = tl.dot(qb, tl.trans(kb), pairs, input_precision=EXACT)
     dp = tl.where(strict | same, dp * d_ij * lq[:, None], 0.0)
-    tl.store(first_scratch + tile, dp.to(narrow), mask=half)
+    tl.store(first_scratch + tile, dp.to(narrow))
     pairs *= dp
     diagonal = tl.sum(tl.where(same, pairs, 0.0), 1)
     pairs = tl.where(strict, pairs, 0.0)
@@ -278,10 +276,10 @@ def gradient_kernel(q, k, g, do, dv, w, states, dstates, factors, carry, first_s
     ddecay += seen + read - written
     last = tl.sum(kept, 0) * fade + tl.sum(written, 0)
 
-    dp_n = tl.load(first_scratch + tile, mask=half, other=0.0)
+    dp_n = tl.load(first_scratch + tile)
     dqa = tl.dot(dp_n, ka, dqa, input_precision=EXACT)
     dka = tl.dot(tl.trans(dp_n), qa, dka, input_precision=EXACT)
-    dl_n = tl.load(second_scratch + tile, mask=half, other=0.0)
+    dl_n = tl.load(second_scratch + tile)
     dka = tl.dot(dl_n, ka, dka, input_precision=EXACT)
     dka = tl.dot(tl.trans(dl_n), ka, dka, input_precision=EXACT)
     if KB > 0:

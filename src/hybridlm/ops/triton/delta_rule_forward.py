@@ -1,5 +1,4 @@
-"""Kernels of the chunked gated delta rule, forward: `prepare_kernel`, parallel over chunks, then `scan_kernel`, which
-may leave o to `output_kernel`.
+"""Kernels of the chunked gated delta rule, forward: `prepare_kernel`, parallel over chunks, then `scan_kernel`.
 
 The mathematics is that of `hybridlm.ops.chunked`; what differs is what reaches memory. In a chunk of C = 64 tokens,
 with k and q of unit length, G the running sum of log decays, D_ij = exp(G_i - G_j) and s = K^-1/2:
@@ -40,12 +39,6 @@ def find(offsets, index, count):
         else:
             high = middle
     return low
-
-
-@triton.jit
-def lower_half(r):
-    """What of a lower triangular 64 x 64 matrix is kept in memory: whole blocks of 8 x 8, for 16-byte loads."""
-    return r[:, None] // 8 >= r[None, :] // 8
 
 
 @triton.jit
@@ -156,27 +149,26 @@ def prepare_kernel(q, k, g, beta, bounds, offsets, inverse, rest_inverse, scores
     seen = r[:, None] >= r[None, :]
     d = tl.exp(tl.where(seen, decay[:, None] - decay[None, :], float("-inf"))) * lk[None, :]
     tile = out * 4096 + r[:, None] * 64 + r[None, :]
-    kept = lower_half(r)
-    tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow), mask=kept)
+    tl.store(scores + tile, (pairs * d * lq[:, None]).to(narrow))
     lower = tl.where(r[:, None] > r[None, :], gram * d * (b * lk)[:, None], 0.0)
     t = unit_lower_inverse(lower, PRECISION)
     if narrow == tl.bfloat16:  # cut, not rounded: no conversion back, and the rest has as many bits
         high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     else:
         high = t.to(narrow).to(tl.float32)
-    tl.store(inverse + tile, high.to(narrow), mask=kept)
-    tl.store(rest_inverse + tile, (t - high).to(narrow), mask=kept)
+    tl.store(inverse + tile, high.to(narrow))
+    tl.store(rest_inverse + tile, (t - high).to(narrow))
 
 
 @triton.jit(do_not_specialize=["time", "sequences"])
 def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, offsets, initial, o, states, writes,
                 final, time, sequences, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                 KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-                STATES: tl.constexpr, FINAL: tl.constexpr, VARLEN: tl.constexpr):
+                STATES: tl.constexpr, VARLEN: tl.constexpr):
     """All chunks of one sequence, value head and slab of BV values, in order.
 
-    OUTPUT: write o. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w, shaped as v; both in
-    v's type. FINAL: write the final state.
+    OUTPUT: write o and the final state. STATES: write the state at the start of each chunk, [chunks, H, V, K], and w,
+    shaped as v; both in v's type.
     """
     slab = tl.program_id(0)
     head = tl.program_id(1)
@@ -212,7 +204,6 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
 
     at = (r * (HK * K))[:, None]
     tile = r[:, None] * 64 + r[None, :]
-    kept = lower_half(r)
     values = (r * (H * V))[None, :] + cv[:, None]
     for c in range(chunks):
         here = c * 64 + r < length
@@ -222,8 +213,8 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
         vc = v + (token * H + head) * V
         index = ((chunk + c) * H + head).to(tl.int64)
         ka = tl.load(kc + at + ca[None, :], mask=here[:, None], other=0.0)
-        t = tl.load(inverse + index * 4096 + tile, mask=kept, other=0.0)
-        t_rest = tl.load(rest_inverse + index * 4096 + tile, mask=kept, other=0.0)
+        t = tl.load(inverse + index * 4096 + tile)
+        t_rest = tl.load(rest_inverse + index * 4096 + tile)
         x = tl.load(vc + values, mask=here[None, :] & inside[:, None], other=0.0)
         b = tl.load(factors + index * 448 + r)
         bk = tl.load(factors + index * 448 + 64 + r)
@@ -252,7 +243,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             sb = tl.dot(nw, kb, sb * fade, input_precision=EXACT)
         if OUTPUT:
             qa = tl.load(qc + at + ca[None, :], mask=here[:, None], other=0.0)
-            p = tl.load(scores + index * 4096 + tile, mask=kept, other=0.0)
+            p = tl.load(scores + index * 4096 + tile)
             y = tl.dot(na, tl.trans(qa), input_precision=EXACT)
             if KB > 0:
                 qb = tl.load(qc + at + cb[None, :], mask=here[:, None] & (cb < K)[None, :], other=0.0)
@@ -261,52 +252,7 @@ def scan_kernel(q, k, v, inverse, rest_inverse, scores, factors, carry, bounds, 
             y = tl.dot(w.to(narrow), tl.trans(p), y, input_precision=EXACT)
             tl.store(o + (token * H + head) * V + values, y.to(narrow), mask=here[None, :] & inside[:, None])
 
-    if FINAL:
+    if OUTPUT:
         tl.store(final + memory + ca[None, :] * V + cv[:, None], sa, mask=inside[:, None])
         if KB > 0:
             tl.store(final + memory + cb[None, :] * V + cv[:, None], sb, mask=inside[:, None] & (cb < K)[None, :])
-
-
-@triton.jit(do_not_specialize=["time", "sequences"])
-def output_kernel(q, scores, factors, states, writes, bounds, offsets, o, time, sequences, H: tl.constexpr,
-                  HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-                  BV: tl.constexpr, VARLEN: tl.constexpr):
-    """o of one chunk, value head and slab, from each chunk's starting state and writes."""
-    slab = tl.program_id(0)
-    head = tl.program_id(1)
-    chunk = tl.program_id(2)
-    if VARLEN:
-        if chunk >= tl.load(offsets + sequences):
-            return
-        n = find(offsets, chunk, sequences)
-        first = tl.load(bounds + n)
-        start = (chunk - tl.load(offsets + n)) * 64
-        length = tl.load(bounds + n + 1) - first
-    else:
-        chunks = tl.cdiv(time, 64)
-        first = (chunk // chunks) * time
-        start = (chunk % chunks) * 64
-        length = time
-    narrow = o.dtype.element_ty
-    EXACT: tl.constexpr = "ieee" if narrow == tl.float32 else "tf32"
-    r = tl.arange(0, 64)
-    here = (start + r < length)[:, None]
-    token = (first + start).to(tl.int64)
-    index = (chunk * H + head).to(tl.int64)
-    ca = tl.arange(0, KA)
-    cv = slab * BV + tl.arange(0, BV)
-    inside = cv < V
-    at = (token * HK + head // (H // HK)) * K + (r * (HK * K))[:, None]
-    values = (token * H + head) * V + (r * (H * V))[:, None] + cv[None, :]
-    qa = tl.load(q + at + ca[None, :], mask=here, other=0.0)
-    base = states + index * (V * K) + cv[:, None] * K
-    y = tl.dot(qa, tl.trans(tl.load(base + ca[None, :], mask=inside[:, None], other=0.0)), input_precision=EXACT)
-    if KB > 0:
-        cb = KA + tl.arange(0, KB)
-        qb = tl.load(q + at + cb[None, :], mask=here & (cb < K)[None, :], other=0.0)
-        sb = tl.load(base + cb[None, :], mask=inside[:, None] & (cb < K)[None, :], other=0.0)
-        y = tl.dot(qb, tl.trans(sb), y, input_precision=EXACT)
-    p = tl.load(scores + index * 4096 + r[:, None] * 64 + r[None, :], mask=lower_half(r), other=0.0)
-    w = tl.load(writes + values, mask=here & inside[None, :], other=0.0)
-    y = tl.dot(p, w, y * tl.load(factors + index * 448 + 128 + r)[:, None], input_precision=EXACT)
-    tl.store(o + values, y.to(narrow), mask=here & inside[None, :])

@@ -1,0 +1,1 @@
+"""What other libraries profit from, each behind one import."""
