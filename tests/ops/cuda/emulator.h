@@ -151,13 +151,6 @@ static void deliver(void* to, u32 from, int bytes) {
     memcpy(to, memory + from, bytes);
 }
 static void wait_delivered() {}
-static void wait_copies() {}
-static void copy16(u32 to, const void* from, bool valid) {
-    check(to, 16);
-    if (valid && (u64)from % 16) { fprintf(stderr, "unaligned copy\n"); abort(); }
-    if (valid) memcpy(memory + to, from, 16);
-    else memset(memory + to, 0, 16);
-}
 
 // Each lane names a row of 16 bytes of matrix lane / 8; lane l then holds elements of row l / 4 (or column, transposed).
 static void matrices(u32* r, u32 from, bool transposed) {
@@ -216,7 +209,6 @@ static void barrier_arrive(u32 bar) {
     if (--s.pending == 0) s.pending = s.count, ++s.phase;
 }
 static void barrier_wait(u32 bar, u32 parity) { while ((signals.at(bar).phase & 1) == (int)parity) yield(); }
-static void barrier_arrive_copies(u32 bar) { barrier_arrive(bar); }
 static void barrier_expect(u32 bar, int) { barrier_arrive(bar); }
 template <int ID, int THREADS> static void rendezvous() { meet(meetings[ID], THREADS); }
 static void fence_async() {}

@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
     const u32 full = base + BARRIERS, empty = full + 8 * STAGES, task_full = empty + 8 * STAGES,
               task_empty = task_full + 8 * TASKS;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) barrier_init(full + i * 8, 129), barrier_init(empty + i * 8, 8);
+        for (int i = 0; i < STAGES; ++i) barrier_init(full + i * 8, 32), barrier_init(empty + i * 8, 8);
         for (int i = 0; i < TASKS; ++i) barrier_init(task_full + i * 8, 1), barrier_init(task_empty + i * 8, 8);
         fence_async();
     }
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
     int turn = 0, slab = 0;  // counts over all tasks
     if (group == 2) {
         release_registers<40>();
-        for (int task = blockIdx.x; task < s.chunks * s.heads; task += gridDim.x) {
+        for (int task = blockIdx.x; task < s.chunks * s.heads && thread < 32; task += gridDim.x) {
             const int head = task % s.heads, chunk = task / s.heads;
             long first;
             int rows;
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
             const u32 at = base + STAGES * STAGE + turn % TASKS * TASK, task_bar = task_full + turn % TASKS * 8;
             const unsigned char* record = s.records + (long)task * RECORD;
             barrier_wait(task_empty + turn % TASKS * 8, (turn / TASKS & 1) ^ 1);
-            if (thread == 0) {
+            if (lane == 0) {
                 barrier_expect(task_bar, 2 * KEY_TILE + 1824);
                 fetch(at + KEYS, record + AT_K, KEY_TILE, task_bar);
                 fetch(at + QUERIES, record + AT_Q, KEY_TILE, task_bar);
@@ -110,18 +110,17 @@ extern "C" __global__ void __launch_bounds__(384, 1) gradient(const __grid_const
                 barrier_wait(empty + slab % STAGES * 8, (slab / STAGES & 1) ^ 1);
                 const long from = first * pitch + (long)head * s.value_dim + v;
                 const long tile = (long)task * (s.value_dim / 64) + v / 64;
-                if (thread == 0) {
-                    barrier_expect(bar, 2 * (SQUARE + KEY_TILE));
+                Values::clear(to + AT_GRAD, rows, lane), Values::clear(to + AT_V, rows, lane);
+                barrier_expect(bar, 2 * Values::expected(rows, lane) + (lane == 0 ? 2 * (SQUARE + KEY_TILE) : 0));
+                if (lane == 0) {
                     fetch(to + AT_E, s.e + tile * SQUARE, SQUARE, bar), fetch(to + AT_W, s.w + tile * SQUARE, SQUARE, bar);
                     fetch(to + AT_S, s.states + tile * KEY_TILE, KEY_TILE, bar);
                     fetch(to + AT_DS, s.dstates + tile * KEY_TILE, KEY_TILE, bar);
                 }
-                Values::bring(to + AT_GRAD, s.grad + from, pitch, rows, thread);
-                Values::bring(to + AT_V, s.v + from, pitch, rows, thread);
-                barrier_arrive_copies(bar);
+                Values::bring(to + AT_GRAD, s.grad + from, pitch, rows, lane, bar);
+                Values::bring(to + AT_V, s.v + from, pitch, rows, lane, bar);
             }
         }
-        wait_copies();
     } else {
         claim_registers<232>();
         const u32 transposed = (warp * 2 + (lane / 8 & 1)) * GROUP + (lane / 16 * 8 + lane % 8) * 16;

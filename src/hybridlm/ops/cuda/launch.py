@@ -62,7 +62,7 @@ def warpgroups(tasks: int, key_dim: int, value_dim: int) -> int:
     """
     slabs = value_dim // 64
     widths = [w for w in (3, 2, 1) if slabs % w == 0 and (w < 3 or key_dim <= 96)]
-    return min(widths, key=lambda w: -(-tasks * (slabs // w) // _MULTIPROCESSORS) * (0.0, 2.0, 3.3, 3.8)[w])
+    return min(widths, key=lambda w: -(-tasks * (slabs // w) // _MULTIPROCESSORS) * (0.0, 2.7, 3.4, 3.8)[w])
 
 
 class Rows(NamedTuple):

@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) scan(con
     const int chunks = (tokens + CHUNK - 1) / CHUNK;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + i * 8, 129);
+            barrier_init(full + i * 8, 32);
             barrier_init(empty + i * 8, WARPGROUPS * 4);
         }
         fence_async();
@@ -22,23 +22,20 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) scan(con
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // told to the compiler as uniform in a warp
     if (group == WARPGROUPS) {  // bring tiles
         if (WARPGROUPS > 1) release_registers<TIGHT ? 32 : 40>();
-        const int thread = threadIdx.x % 128;
+        const int lane = threadIdx.x % 128;
         const long pitch = (long)s.heads * s.value_dim;
         const bf16* v = s.v + first * pitch + (long)head * s.value_dim + slab * VALUES;
         const unsigned char* record = s.records + ((long)chunk * s.heads + head) * RECORD;
         constexpr int SIZE = OUTPUT || REVERSE ? RECORD : AT_Q;
-        for (int n = 0; n < chunks; ++n) {
+        for (int n = 0; n < chunks && lane < 32; ++n) {
             const int stage = n % STAGES, c = REVERSE ? chunks - 1 - n : n, rows = tokens - c * CHUNK;
             const u32 at = base + stage * STAGE, bar = full + stage * 8;
             barrier_wait(empty + stage * 8, (n / STAGES & 1) ^ 1);
-            if (thread == 0) {
-                barrier_expect(bar, SIZE);
-                fetch(at, record + (long)c * s.heads * RECORD, SIZE, bar);
-            }
-            Values::bring(at + AT_V, v + c * CHUNK * pitch, pitch, rows, thread);
-            barrier_arrive_copies(bar);
+            Values::clear(at + AT_V, rows, lane);
+            barrier_expect(bar, Values::expected(rows, lane) + (lane == 0 ? SIZE : 0));
+            if (lane == 0) fetch(at, record + (long)c * s.heads * RECORD, SIZE, bar);
+            Values::bring(at + AT_V, v + c * CHUNK * pitch, pitch, rows, lane, bar);
         }
-        wait_copies();
     } else {
         if (WARPGROUPS > 1) claim_registers<TIGHT ? 160 : 232>();
         Place w;

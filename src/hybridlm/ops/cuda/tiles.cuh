@@ -39,19 +39,20 @@ constexpr int KEY_TILE = K / 8 * GROUP, SQUARE = CHUNK / 8 * GROUP;
 constexpr int AT_K = 0, AT_INVERSE = KEY_TILE, AT_FACTORS = AT_INVERSE + SQUARE, AT_CARRY = AT_FACTORS + 1792,
               AT_Q = AT_CARRY + 32, AT_SCORES = AT_Q + KEY_TILE, RECORD = AT_SCORES + SQUARE;
 
-// 64 rows of COLUMNS bf16 as they lie in memory, PITCH bytes apart here, by a warpgroup; rows from `rows` on become zeros.
-// Threads copy them, because the copy engine takes as long for a row as for a record; and no tensor core reads them here,
-// which would call for a fence.
+// 64 rows of COLUMNS bf16 as they lie in memory, each BYTES long and PITCH apart here, fetched by a warp; rows from
+// `rows` on become zeros. First the lane says how much it will fetch.
 template <int COLUMNS> struct Lines {
-    static constexpr int PITCH = COLUMNS * 2 + 16, SIZE = CHUNK * PITCH, PIECES = COLUMNS / 8;
-    static __device__ __forceinline__ void bring(u32 to, const bf16* from, long pitch, int rows, int thread) {
-        const int column = thread % 8;
-#pragma unroll 1
-        for (int row = thread / 8; row < CHUNK; row += 16)
-#pragma unroll
-            for (int i = 0; i < PIECES; i += 8)
-                copy16(to + row * PITCH + (column + i) * 16, from + (row < rows ? row * pitch : 0) + (column + i) * 8,
-                       row < rows);
+    static constexpr int BYTES = COLUMNS * 2, PITCH = BYTES + 16, SIZE = CHUNK * PITCH;
+    static __device__ __forceinline__ int expected(int rows, int lane) {
+        return ((lane < rows) + (lane + 32 < rows)) * BYTES;
+    }
+    static __device__ __forceinline__ void clear(u32 to, int rows, int lane) {
+        for (int row = lane; row < CHUNK; row += 32)
+            if (row >= rows)
+                for (int i = 0; i < BYTES; i += 16) store_shared16(to + row * PITCH + i, uint4{0, 0, 0, 0});
+    }
+    static __device__ __forceinline__ void bring(u32 to, const bf16* from, long pitch, int rows, int lane, u32 bar) {
+        for (int row = lane; row < min(CHUNK, rows); row += 32) fetch(to + row * PITCH, from + row * pitch, BYTES, bar);
     }
 };
 
