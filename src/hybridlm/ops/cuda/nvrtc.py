@@ -22,6 +22,7 @@ __all__ = ["CudaError", "Kernel", "available", "load"]
 
 _OPTIONS = ("--std=c++17", "--gpu-architecture=sm_90a")
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 class CudaError(HybridLMError):
@@ -99,6 +100,16 @@ def _compile(source: str) -> bytes:
     return code.raw
 
 
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [*((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z",
+                                                     "shared")),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
+
+
 class Kernel:
     """A loaded kernel. Call it with a grid, the block's threads, and one ctypes structure of parameters."""
 
@@ -110,11 +121,13 @@ class Kernel:
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), name)
         _check(_driver().cuFuncSetAttribute(self._function, _FUNCTION_MAX_DYNAMIC_SHARED, shared), name)
 
-    def __call__(self, grid: int, threads: int, parameters: ctypes.Structure) -> None:
+    def __call__(self, grid: int, threads: int, parameters: ctypes.Structure, overlap: bool = False) -> None:
+        """`overlap`: the kernel may start before what precedes it has ended; it waits for that itself."""
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(_driver().cuLaunchKernel(self._function, grid, 1, 1, threads, 1, 1, self._shared, stream, pointer, None),
-               "launching a kernel")
+        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        config = _Config(grid, 1, 1, threads, 1, 1, self._shared, stream, ctypes.addressof(attribute), int(overlap))
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointer, None), "launching a kernel")
 
 
 @cache
