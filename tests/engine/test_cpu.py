@@ -228,7 +228,7 @@ def test_broken_files_are_named(tmp_path):
     with pytest.raises(FormatError, match="not a GGUF"):
         Engine.open(tmp_path / "text.gguf")
     good = write_gguf(tmp_path / "good.gguf", config, tensors)
-    for options, words in (({"device": "cuda"}, "GPU engine"), ({"device": "tpu"}, "tpu"), ({"threads": 0}, "threads"),
+    for options, words in (({"device": "cuda"}, "CUDA"), ({"device": "tpu"}, "tpu"), ({"threads": 0}, "threads"),
                            ({"kv_type": "q8_0"}, "kv_type"), ({"context": -1}, "context")):
         with pytest.raises(HybridLMError, match=words):
             Engine.open(good, **options)

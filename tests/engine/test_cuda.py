@@ -15,6 +15,7 @@ from tests.engine.helpers import random_config, random_tensors, reference_engine
 from hybridlm.config import HybridConfig
 from hybridlm.engine import Engine, Sampler
 from hybridlm.engine.cuda_open import open_engine, random_engine
+from hybridlm.engine.layout import PAGE
 from hybridlm.engine.scheduler import Scheduler
 from hybridlm.engine.writer import Writer
 from hybridlm.errors import FormatError, HybridLMError
@@ -123,10 +124,15 @@ def test_states_go_everywhere(seed, tmp_path):
     assert [p.token for p in again] == first and again.reused_tokens == 150
 
 
+def test_kernels_and_states_agree_on_the_page():
+    paged_attention = pytest.importorskip("hybridlm.ops.triton.paged_attention")
+    assert paged_attention.PAGE.value == PAGE and PAGE % paged_attention.BLOCK.value == 0
+
+
 def test_clones_share_full_pages_only():
     engine = device_engine()
     session = engine.session()
-    session.feed(tokens_of(engine, np.random.default_rng(0), 150))
+    session.feed(tokens_of(engine, np.random.default_rng(0), 2 * PAGE + 100))
     mark = session.snapshot()
     mine, theirs = session.state.blocks(), mark.blocks()
     assert len(mine) == 2 and all(a is b for a, b in zip(mine, theirs, strict=True))

@@ -34,6 +34,7 @@ from hybridlm.ops import apply_rope, rms_norm, rope_tables, swiglu
 __all__ = ["CUDA", "GRAPHS"]
 
 GRAPHS = (1, 2, 4, 8, 16, 32, 64)  # rows of a recorded step; others take the next larger one
+CHUNK = 64  # tokens that the delta rule takes together
 FEW = 64  # rows up to which a product is bound by reading the weights
 SLAB = 1 << 16  # rows of a pass at most
 
@@ -337,7 +338,7 @@ class CUDA:
         """A longer stretch of one sequence. Chunks end at multiples of 64 tokens of the whole sequence, so that
         reading a text in parts, cut there, gives the same sums."""
         first = 0
-        for last in (min(-position % PAGE, len(out)), len(out)):
+        for last in (min(-position % CHUNK, len(out)), len(out)):
             if last > first:
                 rows = tuple(x[first:last] for x in inputs)
                 out[first:last] = chunked_delta_rule(self.config, w, state, slot, rows, position + first,

@@ -1,8 +1,8 @@
 """`CudaState`: everything a model remembers of the tokens it has read, in the memory of a GPU.
 
 The counterpart of `state.State`, built the same way: the fixed part (a float32 matrix per head, the convolutions' past,
-the last hidden row) in one allocation that every token rewrites, keys and values in pages of 64 tokens that are written
-once. A page is a tensor of its own; states share full pages by sharing tensors, and PyTorch's allocator takes one back
+the last hidden row) in one allocation that every token rewrites, keys and values in pages of PAGE tokens, written once.
+A page is a tensor of its own; states share full pages by sharing tensors, and PyTorch's allocator takes one back
 with its last owner. Kernels find everything by address, so nothing has to lie in a pool of fixed size, and nothing
 moves when a sequence grows: its table of page addresses, on the device, gets one entry more.
 
@@ -33,7 +33,7 @@ class CudaPages:
 
     def __init__(self, layout: Layout, group: int, device: torch.device) -> None:
         self.layout, self.group, self.device = layout, group, device
-        self.pages: list[Tensor | None] = []  # [layers, K or V, Hkv, 64, d]; None before the window's first page
+        self.pages: list[Tensor | None] = []  # [layers, K or V, Hkv, PAGE, d]; None before the window's first page
         self.table = torch.zeros(16, dtype=torch.int64, device=device)  # their addresses; of dropped ones stale
 
     def reserve(self, position: int, tokens: int) -> None:

@@ -16,7 +16,7 @@ from hybridlm.ops.reference import (
 )
 from hybridlm.ops.triton import decode, gemv, paged_attention
 
-PAGE = 64
+PAGE = paged_attention.PAGE.value
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

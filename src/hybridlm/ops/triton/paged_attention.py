@@ -1,11 +1,10 @@
 """Attention of a decoding step over keys and values in pages, and what precedes it: norms, rotary embedding, storing.
 
-A page holds 64 tokens of all layers of its group: [layers, K or V, Hkv, 64, d], contiguous, so a head's keys of a page
-are one run of memory. Rows find their pages by address: `tables` holds for each row the address of its own table, whose
-entry p is the address of the page that has tokens 64 p to 64 p + 63. Address 0 marks a row that only fills up the
-batch.
+A page holds PAGE tokens of all layers of its group: [layers, K or V, Hkv, PAGE, d], contiguous, so a head's keys of a
+page are one run of memory. Rows find their pages by address: `tables` holds for each row the address of its own table,
+whose entry p is the address of the page of tokens from p * PAGE on. Address 0 marks a row that only fills up the batch.
 
-The tokens that a row sees are divided among SPLITS programs, page by page, by the row's own length alone; the program
+The tokens that a row sees are divided among SPLITS programs, BLOCK by BLOCK, by the row's own length alone; the program
 that finishes last joins the parts in order. So a row's result does not depend on what else is in the batch.
 """
 
@@ -19,7 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["decode_attention", "gather_pages", "store_qkv"]
 
-PAGE = tl.constexpr(64)
+PAGE = tl.constexpr(128)  # tokens of a page, the engine's
+BLOCK = tl.constexpr(64)  # tokens that a program reads together, a part of a page
 SPLITS = 16
 
 
@@ -37,13 +37,13 @@ def _decode_attention(q, tables, positions, out, parts, counters, q_stride, out_
     if address == 0:
         return
     start = tl.maximum(length - window, 0) if window > 0 else 0
-    first, pages = start // PAGE, tl.cdiv(length, PAGE)
-    share = tl.cdiv(pages - first, SPLIT)
-    used = tl.cdiv(pages - first, share)  # splits that have something to do
+    first, blocks = start // BLOCK, tl.cdiv(length, BLOCK)
+    share = tl.cdiv(blocks - first, SPLIT)
+    used = tl.cdiv(blocks - first, share)  # splits that have something to do
     if split >= used:
         return
     table = address.to(tl.pointer_type(tl.int64))
-    rg, rd, rt = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, PAGE)
+    rg, rd, rt = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BLOCK)
     here = (rg < GROUP)[:, None] & (rd < D)[None, :]
     qt = tl.load(q + row * q_stride + (head * GROUP + rg[:, None]) * D + rd[None, :], mask=here, other=0.0)
     offset = (layer.to(tl.int64) * 2 * HKV + head) * (PAGE * D)
@@ -51,12 +51,13 @@ def _decode_attention(q, tables, positions, out, parts, counters, q_stride, out_
     total = tl.zeros((BG,), tl.float32)
     acc = tl.zeros((BG, BD), tl.float32)
     begin = first + split * share
-    for page in range(begin, tl.minimum(begin + share, pages)):
-        base = tl.multiple_of(tl.load(table + page).to(tl.pointer_type(DTYPE)), 16) + offset
+    for block in range(begin, tl.minimum(begin + share, blocks)):
+        page = tl.multiple_of(tl.load(table + block * BLOCK // PAGE).to(tl.pointer_type(DTYPE)), 16)
+        base = page + offset + block * BLOCK % PAGE * D
         tile = rt[:, None] * D + rd[None, :]
         kt = tl.load(base + tile, mask=(rd < D)[None, :], other=0.0)
         scores = tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale
-        at = page * PAGE + rt
+        at = block * BLOCK + rt
         scores = tl.where(((at >= start) & (at < length))[None, :], scores, float("-inf"))
         new = tl.maximum(m, tl.max(scores, 1))
         weights = tl.exp(scores - new[:, None])
@@ -198,10 +199,10 @@ def _gather(table, out, first, layer, HKV: tl.constexpr, D: tl.constexpr, BD: tl
 
 def gather_pages(table: Tensor, first: int, count: int, *, layer: int, kv_heads: int, width: int,
                  dtype: torch.dtype) -> Tensor:
-    """Keys and values of `count` pages from page `first` of a row's table on: [2, Hkv, count * 64, d]."""
+    """Keys and values of `count` pages from page `first` of a row's table on: [2, Hkv, count * PAGE, d]."""
     out = torch.empty(2, kv_heads, count * PAGE.value, width, dtype=dtype, device=table.device)
     _gather[(count, kv_heads, 2)](table, out, first, layer, HKV=kv_heads, D=width, BD=triton.next_power_of_2(width),
-                                  DTYPE=_TYPES[dtype], num_warps=4)
+                                  DTYPE=_TYPES[dtype], num_warps=8)
     return out
 
 
