@@ -26,7 +26,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_st
     rows = launch.Rows.of(v, cu_seqlens)
     records = launch.prepare(rows, q, k, g, beta, norm)
     o, final = torch.empty_like(v), g.new_empty(rows.sequences, v.shape[2], k.shape[3], v.shape[3])
-    launch.scan(rows, records, v, k.shape[3], o=o, initial=initial_state, final=final)
+    cuts = launch.split(rows, v, k.shape[3], norm)
+    launch.scan(rows, records, v, k.shape[3], o=o, initial=initial_state, final=final, cuts=cuts)
     return o, final
 
 
@@ -37,11 +38,13 @@ def backward(do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Ten
     rows = launch.Rows.of(v, cu_seqlens)
     heads, (key_heads, key_dim) = v.shape[2], k.shape[2:]
     records = launch.prepare(rows, q, k, g, beta, norm)
+    cuts = launch.split(rows, v, key_dim, norm)
     states, writes = launch.new_states(rows, v, key_dim), launch.new_tiles(rows, v)
-    launch.scan(rows, records, v, key_dim, tiles=writes, initial=initial_state, states=states)
+    launch.scan(rows, records, v, key_dim, tiles=writes, initial=initial_state, states=states, cuts=cuts)
     dstates, e = torch.empty_like(states), torch.empty_like(writes)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
-    launch.scan(rows, records, do, key_dim, tiles=e, initial=dfinal, final=dinitial, states=dstates, reverse=True)
+    launch.scan(rows, records, do, key_dim, tiles=e, initial=dfinal, final=dinitial, states=dstates, reverse=True,
+                cuts=cuts)
     dq, dk, dv, dg, dbeta = launch.gradient(rows, records, v, do, e, writes, states, dstates, g, key_dim, norm)
     if heads != key_heads:
         dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
