@@ -80,8 +80,8 @@ def test_the_cuda_step_compiles_without_spills(tmp_path):
 
     source = Path(decode.__file__).parent / "decode.cu"
     for HK, HV, K, V, narrow in ((30, 30, 96, 192, 1), (4, 8, 128, 128, 1), (2, 4, 48, 96, 0)):
-        threads = decode.threads_for(K, V)
-        sizes = {"HK": HK, "HV": HV, "K": K, "V": V, "W": 4, "THREADS": threads, "STAGES": 2, "BF16": narrow}
+        sizes = {"HK": HK, "HV": HV, "K": K, "V": V, "W": 4, "HALVES": decode.halves_for(K, V), "STAGES": 2,
+                 "BULK": 1, "BF16": narrow}
         done = subprocess.run([nvcc, "-std=c++17", "-arch=sm_90a", "-cubin", "-o", tmp_path / "x.cubin", "-Xptxas",
                                "-v",
                                *(f"-D{name}={value}" for name, value in sizes.items()), source],
@@ -93,13 +93,11 @@ def test_the_cuda_step_compiles_without_spills(tmp_path):
 def test_which_sizes_the_cuda_step_takes():
     from hybridlm.ops.cuda import decode
 
-    assert decode.threads_for(96, 192) == 192
-    assert decode.threads_for(12, 24) is None and decode.threads_for(96, 190) is None
+    assert decode.halves_for(96, 192) == 2
+    assert decode.halves_for(12, 24) is None and decode.halves_for(98, 192) is None
     for K, V in ((48, 96), (64, 128), (128, 128), (96, 192), (64, 64)):
-        threads = decode.threads_for(K, V)
-        assert threads is not None
-        groups = threads // (V // 4)
-        assert threads % 32 == 0 and K % groups == 0 and groups * (V // 4) == threads
+        halves = decode.halves_for(K, V)
+        assert halves is not None and K % (4 * halves) == 0 and V // 32 * halves <= 12
 
 
 @pytest.mark.gpu

@@ -81,22 +81,23 @@ def _skinny(x, w, y, parts, counters, rows, N, K, share, x_stride, w_stride, y_s
     if SPLIT > 1 and not SERIAL:
         blocks = tl.num_programs(0)
         SIZE: tl.constexpr = BN * BM * (2 if GLU else 1)
-        at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        at = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
         at = parts + (group * SPLIT * blocks + block) * SIZE + at
-        tl.store(at + split * blocks * SIZE, acc)
+        real = (rm < rows)[None, :]
+        tl.store(at + split * blocks * SIZE, acc, mask=real)
         if GLU:
-            tl.store(at + split * blocks * SIZE + BN * BM, up)
+            tl.store(at + split * blocks * SIZE + BN * BM, up, mask=real)
         tl.debug_barrier()
         done = tl.atomic_add(counters + group * blocks + block, 1, sem="acq_rel")
         if done < SPLIT - 1:
             return
-        acc = tl.load(at, cache_modifier=".cg")
+        acc = tl.load(at, mask=real, other=0.0, cache_modifier=".cg")
         if GLU:
-            up = tl.load(at + BN * BM, cache_modifier=".cg")
+            up = tl.load(at + BN * BM, mask=real, other=0.0, cache_modifier=".cg")
         for i in range(1, SPLIT):
-            acc += tl.load(at + i * blocks * SIZE, cache_modifier=".cg")
+            acc += tl.load(at + i * blocks * SIZE, mask=real, other=0.0, cache_modifier=".cg")
             if GLU:
-                up += tl.load(at + i * blocks * SIZE + BN * BM, cache_modifier=".cg")
+                up += tl.load(at + i * blocks * SIZE + BN * BM, mask=real, other=0.0, cache_modifier=".cg")
         tl.store(counters + group * blocks + block, 0)
     out = acc
     if GLU:
@@ -108,7 +109,7 @@ class Workspace:
     """What split layers leave to each other: partial sums, and counters that every call leaves at zero. One call at a
     time: use one per stream."""
 
-    def __init__(self, device: torch.device | str, floats: int = 1 << 21, tiles: int = 1 << 14) -> None:
+    def __init__(self, device: torch.device | str, floats: int = 1 << 23, tiles: int = 1 << 14) -> None:
         self.parts = torch.empty(floats, dtype=torch.float32, device=device)
         self.counters = torch.zeros(tiles, dtype=torch.int32, device=device)
 
