@@ -43,10 +43,12 @@ def plan(rows: int, cols: int, glu: bool = False) -> dict[str, Any]:
     """How to divide a skinny product with a weight [rows, cols]: by its shape alone, never by the batch. Measured on an
     H200; narrow weights are split along their columns until all processors load."""
     if glu:
-        return {"block": (64, 128), "stages": 4}
+        return {"block": (64, 128), "stages": 3, "split": 3 if cols >= 1024 else 1}
     if rows >= 16_384:
         return {"block": (64, 256), "stages": 4}
-    return {"block": (32, 256), "stages": 4, "split": 2 if rows < 8192 and cols >= 1024 else 1}
+    if rows >= 8192:
+        return {"block": (64, 128), "stages": 4, "split": 2 if cols >= 1024 else 1}
+    return {"block": (64, 128), "stages": 4, "split": 1 if cols < 1024 else 3 if cols < 4096 else 4}
 
 
 class Rows:

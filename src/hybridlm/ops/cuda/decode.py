@@ -13,7 +13,7 @@ from hybridlm.ops.cuda.nvrtc import Kernel, load
 
 __all__ = ["gdn_decode", "halves_for", "supported"]
 
-BULK = 1  # the copy engine brings states, rather than threads 16 bytes at a time
+BULK = 16  # items of a block from which the copy engine brings states, rather than threads 16 bytes at a time
 _MOST = 232_448  # bytes of shared memory that a block may have on sm_90
 
 
@@ -58,8 +58,8 @@ def _processors(device: int) -> int:
 
 
 @cache
-def _kernel(heads: tuple[int, int], K: int, V: int, W: int, narrow: bool, rounds: int, device: int
-            ) -> tuple[Kernel, int, int]:
+def _kernel(heads: tuple[int, int], K: int, V: int, W: int, narrow: bool, rounds: int, bulk: bool,
+            device: int) -> tuple[Kernel, int, int]:
     """The kernel for blocks of so many items (3: or more), its threads, and how many blocks a processor holds."""
     halves = halves_for(K, V)
     assert halves is not None
@@ -67,7 +67,7 @@ def _kernel(heads: tuple[int, int], K: int, V: int, W: int, narrow: bool, rounds
     stages = next(n for n in (3, 2, 1) if n <= rounds and _shared(K, V, halves, n)[1] <= _MOST)
     dynamic, total = _shared(K, V, halves, stages)
     sizes = {"HK": heads[0], "HV": heads[1], "K": K, "V": V, "W": W, "HALVES": halves, "STAGES": stages,
-             "BULK": BULK, "BF16": int(narrow)}
+             "BULK": int(bulk), "BF16": int(narrow)}
     text = "".join(f"#define {name} {value}\n" for name, value in sizes.items())
     kernel = load(text + (Path(__file__).parent / "decode.cu").read_text(), "gdn_decode", dynamic)
     return kernel, threads, min(_MOST // (total + 1024), 2048 // threads) or 1
@@ -80,8 +80,9 @@ def gdn_decode(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gate: Tens
     """`hybridlm.ops.triton.decode.gdn_decode`, for sizes that `supported` accepts."""
     K, V = q.shape[1] // heads[0], v.shape[1] // heads[1]
     device, items = q.device.index or 0, q.shape[0] * heads[1]
-    rounds = min(3, -(-items // _processors(device)))
-    kernel, threads, blocks = _kernel(heads, K, V, taps[0].shape[0], q.dtype == torch.bfloat16, rounds, device)
+    rounds = -(-items // _processors(device))
+    kernel, threads, blocks = _kernel(heads, K, V, taps[0].shape[0], q.dtype == torch.bfloat16, min(3, rounds),
+                                     rounds > BULK, device)
     pointers = [x.data_ptr() for x in (q, k, v, a, b, gate, *taps, ssm_a, dt_bias, norm, recurrent, conv, positions,
                                        out)]
     parameters = _Parameters(*pointers, q.stride(0), out.stride(0), taps[0].stride(0), layer, items, eps, K**-0.5,
