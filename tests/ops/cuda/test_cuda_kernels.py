@@ -81,7 +81,8 @@ def inputs(time, *, batch=1, key_heads=1, heads=1, key=96, value=64, beta=None, 
 def errors(x, start, *, bounds=None, norm=True, backward=True):
     """Relative errors of (o, state) and of the gradients of (q, k, v, g, beta, initial state)."""
     leaves = [t.double().requires_grad_() for t in (*x, start) if t is not None]
-    o, state = gated_delta_rule(*leaves[:5], initial_state=None if start is None else leaves[5], cu_seqlens=bounds, qk_l2norm=norm)
+    o, state = gated_delta_rule(*leaves[:5], initial_state=None if start is None else leaves[5],
+                               cu_seqlens=bounds, qk_l2norm=norm)
     cu = None if bounds is None else bounds.int()
     got = list(delta_rule.forward(*x, start, cu, norm))
     want = [o, state]

@@ -17,17 +17,23 @@ from torch import Tensor
 
 from hybridlm.ops.cuda import launch
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "prepare"]
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, norm: bool) -> Tensor:
+    """The records of a call's chunks, for its forward and its backward pass."""
+    return launch.prepare(launch.Rows.of(v, cu_seqlens), q, k, g, beta, norm)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
-            cu_seqlens: Tensor | None = None, norm: bool = True) -> tuple[Tensor, Tensor]:
-    """o [B, T, H, V] and the final states [N, H, K, V].
+            cu_seqlens: Tensor | None = None, norm: bool = True, records: Tensor | None = None
+            ) -> tuple[Tensor, Tensor]:
+    """o [B, T, H, V] and the final states [N, H, K, V]. `records`: what `prepare` left, where that has been called.
 
     All contiguous; q, k, v bfloat16, g, beta and states float32, cu_seqlens int32.
     """
     rows = launch.Rows.of(v, cu_seqlens)
-    records = launch.prepare(rows, q, k, g, beta, norm)
+    records = launch.prepare(rows, q, k, g, beta, norm) if records is None else records
     o, final = torch.empty_like(v), g.new_empty(rows.sequences, v.shape[2], k.shape[3], v.shape[3])
     cuts = launch.split(rows, v, k.shape[3], norm) if initial_state is None else None
     launch.scan(rows, records, v, k.shape[3], o=o, initial=initial_state, final=final, cuts=cuts)
@@ -35,12 +41,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_st
 
 
 def backward(do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
-             initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, norm: bool = True
+             initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, norm: bool = True,
+             records: Tensor | None = None
              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of q, k, v, g, beta and, where there is one, initial_state."""
     rows = launch.Rows.of(v, cu_seqlens)
     heads, (key_heads, key_dim) = v.shape[2], k.shape[2:]
-    records = launch.prepare(rows, q, k, g, beta, norm)
+    records = launch.prepare(rows, q, k, g, beta, norm) if records is None else records
     cuts = launch.split(rows, v, key_dim, norm) if initial_state is None else None
     states, writes = launch.new_states(rows, v, key_dim), launch.new_tiles(rows, v)
     launch.scan(rows, records, v, key_dim, tiles=writes, initial=initial_state, states=states, cuts=cuts)

@@ -13,7 +13,8 @@ from torch import Tensor
 from hybridlm.ops.cuda.nvrtc import Kernel, available, load
 from hybridlm.ops.cuda.source import source
 
-__all__ = ["Rows", "Split", "gradient", "new_states", "new_tiles", "prepare", "scan", "split", "takes", "warpgroups"]
+__all__ = ["Rows", "Split", "gradient", "new_records", "new_states", "new_tiles", "prepare", "scan", "split", "takes",
+           "warpgroups"]
 
 CHUNK = 64
 _GROUP = CHUNK * 16 + 32  # as in tiles.cuh
@@ -159,6 +160,11 @@ def _gradient_kernel(key_dim: int, device: int) -> Kernel:
     return load(source("gradient.cu", K=key_dim), "gradient", shared)
 
 
+def new_records(chunks: int, q: Tensor, heads: int) -> Tensor:
+    """Room for a record of each chunk and value head."""
+    return q.new_empty(chunks, heads, _record(q.shape[-1]), dtype=torch.uint8)
+
+
 def prepare(rows: Rows, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, norm: bool) -> Tensor:
     """Each chunk and head's record [chunks, H, bytes], all that the scans need of it but v.
 
@@ -166,7 +172,7 @@ def prepare(rows: Rows, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, norm: boo
     """
     key_heads, key_dim = k.shape[-2:]
     heads = g.shape[-1]
-    records = q.new_empty(rows.chunks, heads, _record(key_dim), dtype=torch.uint8)
+    records = new_records(rows.chunks, q, heads)
     call = _Prepare(*map(_at, (q, k, g, beta, rows.bounds, rows.offsets, records)), heads, key_heads, rows.time,
                     rows.sequences, int(norm), key_dim**-0.5)
     _prepare_kernel(key_dim, q.device.index)(rows.chunks * heads, 128, call)
