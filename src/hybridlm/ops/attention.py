@@ -44,6 +44,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = Non
         mask = causal_mask(queries, keys, window=window, device=q.device)
     grouped = k.shape[2] != q.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if isinstance(mask, BlockMask) and q.dtype == torch.float64:  # FlexAttention sums in float32
+        mask = causal_mask(queries, keys, window=window, documents=documents, device=q.device)
     if isinstance(mask, BlockMask):
         return _flex()(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1,
@@ -55,7 +57,8 @@ def attention_mask(time: int, *, window: int | None = None, documents: Tensor | 
     """What T queries of T keys see; None where it is everything before them. `documents` int [B, T]."""
     if documents is None and (window is None or window >= time):
         return None
-    if device is None or device.type != "cuda" or head_dim < 16:  # FlexAttention takes heads from 16 on
+    # FlexAttention takes heads from 16 on, and shorter rows for a decoding step, with kernels of its own.
+    if device is None or device.type != "cuda" or head_dim < 16 or time < BLOCK:
         return causal_mask(time, time, window=window, documents=documents, device=device)
     first = torch.zeros(1, time, dtype=torch.int32, device=device)
     now = torch.arange(time, dtype=torch.int32, device=device)[None]
