@@ -90,7 +90,8 @@ def errors(x, start, *, bounds=None, norm=True, backward=True):
         r = torch.Generator().manual_seed(1)
         do, dstate = torch.randn(o.shape, generator=r).to(x[2]), torch.randn(state.shape, generator=r).to(x[3])
         want += torch.autograd.grad((o, state), leaves, (do.double(), dstate.double()))
-        got += [t for t in delta_rule.backward(do, dstate, *x, start, cu, norm) if t is not None]
+        records = delta_rule.prepare(*x, cu, norm)
+        got += [t for t in delta_rule.backward(do, dstate, *x, start, cu, norm, records) if t is not None]
     return [float((a.double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(got, want, strict=True)]
 
 
