@@ -35,7 +35,9 @@ def test_a_cpu_keeps_to_pytorch():
 
 
 @pytest.mark.parametrize("bounds", [None, 5])
-def test_shapes_are_known_before_anything_runs(bounds):
+@pytest.mark.parametrize("native", [False, True])
+def test_shapes_are_known_before_anything_runs(monkeypatch, bounds, native):
+    monkeypatch.setattr(delta_rule, "_native", lambda q, v: native)
     with FakeTensorMode(), torch.no_grad():
         q, k = (torch.empty(1, 300, 2, 96, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         v = torch.empty(1, 300, 4, 192, dtype=torch.bfloat16, device="cuda")
@@ -46,7 +48,11 @@ def test_shapes_are_known_before_anything_runs(bounds):
         assert o.shape == v.shape and o.dtype == v.dtype
         assert state.shape == start.shape and state.dtype == torch.float32
         rest = q, k, v, g, beta, start
-        for grad, x in zip(delta_rule.gated_delta_rule_backward(o, state, *rest, places, True), rest, strict=True):
+        assert delta_rule.gated_delta_rule(*rest, places, True, False)[2].numel() == 0
+        records = delta_rule.gated_delta_rule(*rest, places, True, True)[2]
+        assert records.shape[:2] == (5 + (0 if bounds is None else bounds - 1), 4) if native else records.numel() == 0
+        grads = delta_rule.gated_delta_rule_backward(o, state, *rest, places, records, True)
+        for grad, x in zip(grads, rest, strict=True):
             assert grad.shape == x.shape and grad.dtype == x.dtype
 
 
