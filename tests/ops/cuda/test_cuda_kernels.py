@@ -54,12 +54,12 @@ def emulated(monkeypatch, tmp_path_factory):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.getbasetemp() / "emulated"
     folder.mkdir(exist_ok=True)
-    for kernel in (launch._scan_kernel, launch._prepare_kernel, launch._gradient_kernel):
+    for kernel in (launch._scan_kernel, launch._combine_kernel, launch._prepare_kernel, launch._gradient_kernel):
         kernel.cache_clear()
     monkeypatch.setattr(launch, "load", lambda text, name, shared: Emulated(text, name, folder))
     monkeypatch.setattr(launch, "_MULTIPROCESSORS", 3)
     yield
-    for kernel in (launch._scan_kernel, launch._prepare_kernel, launch._gradient_kernel):
+    for kernel in (launch._scan_kernel, launch._combine_kernel, launch._prepare_kernel, launch._gradient_kernel):
         kernel.cache_clear()
 
 
@@ -80,16 +80,18 @@ def inputs(time, *, batch=1, key_heads=1, heads=1, key=96, value=64, beta=None, 
 
 def errors(x, start, *, bounds=None, norm=True, backward=True):
     """Relative errors of (o, state) and of the gradients of (q, k, v, g, beta, initial state)."""
-    leaves = [t.double().requires_grad_() for t in (*x, start)]
-    o, state = gated_delta_rule(*leaves[:5], initial_state=leaves[5], cu_seqlens=bounds, qk_l2norm=norm)
+    leaves = [t.double().requires_grad_() for t in (*x, start) if t is not None]
+    o, state = gated_delta_rule(*leaves[:5], initial_state=None if start is None else leaves[5],
+                               cu_seqlens=bounds, qk_l2norm=norm)
     cu = None if bounds is None else bounds.int()
     got = list(delta_rule.forward(*x, start, cu, norm))
     want = [o, state]
     if backward:
         r = torch.Generator().manual_seed(1)
-        do, dstate = torch.randn(o.shape, generator=r).to(x[2]), torch.randn(state.shape, generator=r).to(start)
+        do, dstate = torch.randn(o.shape, generator=r).to(x[2]), torch.randn(state.shape, generator=r).to(x[3])
         want += torch.autograd.grad((o, state), leaves, (do.double(), dstate.double()))
-        got += delta_rule.backward(do, dstate, *x, start, cu, norm, delta_rule.prepare(*x, cu, norm))
+        records = delta_rule.prepare(*x, cu, norm)
+        got += [t for t in delta_rule.backward(do, dstate, *x, start, cu, norm, records) if t is not None]
     return [float((a.double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(got, want, strict=True)]
 
 
@@ -152,6 +154,32 @@ def test_continuing_at_a_chunk_changes_no_bit(emulated):
     assert torch.equal(o, torch.cat([first, second], 1)) and torch.equal(final, last)
 
 
+@pytest.mark.parametrize(("time", "options"), [
+    (300, {"value": 192, "decay": 0.01}),  # nothing forgotten
+    (300, {"heads": 2, "decay": 1.5}),  # all forgotten within a chunk
+    (310, {"batch": 2, "key": 64, "value": 128, "decay": 0.6}),  # some
+    (260, {"key": 128, "key_heads": 2, "heads": 2, "decay": 0.6}),  # never, without a norm
+])
+def test_segments_side_by_side_compute_the_recurrence(emulated, monkeypatch, time, options):
+    monkeypatch.setattr(launch, "_SHORTEST", 1)
+    monkeypatch.setattr(launch, "_MULTIPROCESSORS", 4 * options.get("batch", 1) * options.get("heads", 1))
+    x, _ = inputs(time, **options)
+    norm = options.get("key") != 128
+    cuts = launch.split(launch.Rows.of(x[2], None), x[2], x[1].shape[3], norm)
+    assert cuts is not None and cuts.segments > 2
+    if not norm:
+        x[0], x[1] = (t / t.float().norm(dim=-1, keepdim=True).bfloat16() for t in x[:2])
+    found = errors(x, None, norm=norm)
+    assert max(found[:2]) < 4e-3 and max(found[2:]) < 2e-2, found
+
+
+def test_where_segments_pay():
+    v = torch.empty(1, 16384, 30, 192, device="meta")
+    assert launch.split(launch.Rows.of(v, None), v, 96, True).segments == 4
+    v = v.view(16, 1024, 30, 192)
+    assert launch.split(launch.Rows.of(v, None), v, 96, True) is None
+
+
 def test_blocks_fill_the_chip():
     assert launch.warpgroups(30, 96, 192) == 1 and launch.warpgroups(240, 96, 192) == 3
     assert launch.warpgroups(1000, 128, 192) == 1 and launch.warpgroups(1000, 128, 128) == 2
@@ -160,7 +188,7 @@ def test_blocks_fill_the_chip():
 
 KERNELS = [("prepare", 96), ("gradient", 96), ("gradient", 128)] + [
     (f"{kind} {width}", key) for kind, (width, key) in itertools.product(
-        ("output", "writes", "reverse"), ((1, 96), (3, 96), (2, 128)))]
+        ("output", "writes", "reverse", "summary", "reverse-summary"), ((1, 96), (3, 96), (2, 128)))]
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -186,7 +214,7 @@ def test_fits_a_multiprocessor(monkeypatch, tmp_path, kernel, key):
         launch._gradient_kernel.__wrapped__(key, 0)
         threads = 384
     else:
-        launch._scan_kernel.__wrapped__(key, int(width[0]), kind == "output", kind == "reverse", 0)
+        launch._scan_kernel.__wrapped__(key, int(width[0]), kind == "output", "reverse" in kind, "summary" in kind, 0)
         threads = (int(width[0]) + 1) * 128
     log = taken["log"]
     assert "serialized" not in log, log

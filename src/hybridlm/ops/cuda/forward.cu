@@ -87,5 +87,5 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
     for (int i = 0; i < 4; ++i) add_keys(state_t, decayed + 4 * i, writes + i * 16);
     mma_commit();
     mma_wait<1>();
-    emit(OUTPUT ? out : x, at, w, o, tile, rows);
+    if (!SUMMARY) emit(OUTPUT ? out : x, at, w, o, tile, rows);
 }

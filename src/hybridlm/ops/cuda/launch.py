@@ -13,19 +13,29 @@ from torch import Tensor
 from hybridlm.ops.cuda.nvrtc import Kernel, available, load
 from hybridlm.ops.cuda.source import source
 
-__all__ = ["Rows", "gradient", "new_records", "new_states", "new_tiles", "prepare", "scan", "takes", "warpgroups"]
+__all__ = ["Rows", "Split", "gradient", "new_records", "new_states", "new_tiles", "prepare", "scan", "split", "takes",
+           "warpgroups"]
 
 CHUNK = 64
 _GROUP = CHUNK * 16 + 32  # as in tiles.cuh
 _SHARED = 232448  # bytes a block may have on sm_90
 _MULTIPROCESSORS = 132
 _SQUARE = CHUNK // 8 * _GROUP
+_SHORTEST = 24  # chunks of a segment
+_FORGET = 2.0**-40  # far below what float32 keeps of a state beside what was written since
 
 
 class _Scan(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_void_p) for name in
-                  ("records", "v", "bounds", "offsets", "initial", "final", "o", "tiles", "states")),
-                *((name, ctypes.c_int) for name in ("heads", "value_dim", "time"))]
+                  ("records", "v", "bounds", "offsets", "initial", "final", "o", "tiles", "states", "starts",
+                   "transitions", "kept")),
+                *((name, ctypes.c_int) for name in ("heads", "value_dim", "time", "segments", "length")),
+                ("forget", ctypes.c_float)]
+
+
+class _Combine(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("starts", "transitions", "kept")),
+                *((name, ctypes.c_int) for name in ("heads", "value_dim", "segments"))]
 
 
 class _Prepare(ctypes.Structure):
@@ -86,6 +96,33 @@ class Rows(NamedTuple):
         return cls(time, sequences, -(-time // CHUNK) + sequences, cu_seqlens, offsets)
 
 
+class Split(NamedTuple):
+    """How long rows are cut into segments that run side by side (scan.cu)."""
+
+    segments: int  # of a row
+    length: int  # chunks of each but the last
+    forget: float
+    transitions: Tensor  # [rows, segments, H, K, K]: found by the forward scan, the reverse one uses them too
+    kept: Tensor  # [rows, segments, H]
+
+
+def split(rows: Rows, v: Tensor, key_dim: int, norm: bool) -> Split | None:
+    """Segments so that rows and heads fill the chip once, where these alone don't; None where it would not pay.
+
+    Packed rows stay whole. Without `norm` keys of any length may come, and nothing counts as forgotten.
+    """
+    heads = v.shape[2]
+    chunks = rows.chunks // rows.sequences
+    segments = min(_MULTIPROCESSORS // (rows.sequences * heads), chunks // _SHORTEST)
+    if rows.bounds is not None or segments < 2:
+        return None
+    length = -(-chunks // segments)
+    segments = -(-chunks // length)
+    places = rows.sequences, segments, heads
+    return Split(segments, length, _FORGET if norm else 0.0,
+                 v.new_empty(*places, key_dim, key_dim, dtype=torch.float32), v.new_empty(places, dtype=torch.int32))
+
+
 def _at(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -96,12 +133,17 @@ def _record(key_dim: int) -> int:
 
 
 @cache
-def _scan_kernel(key_dim: int, width: int, output: bool, reverse: bool, device: int) -> Kernel:
+def _scan_kernel(key_dim: int, width: int, output: bool, reverse: bool, summary: bool, device: int) -> Kernel:
     stage = _record(key_dim) + CHUNK * (width * 128 + 16)
     stages = min(4, _SHARED // (stage + 16))
     text = source("stage.cuh", "reverse.cu" if reverse else "forward.cu", "scan.cu", K=key_dim, WARPGROUPS=width,
-                  STAGES=stages, OUTPUT=int(output), REVERSE=int(reverse))
+                  STAGES=stages, OUTPUT=int(output), REVERSE=int(reverse), SUMMARY=int(summary))
     return load(text, "scan", stages * (stage + 16))
+
+
+@cache
+def _combine_kernel(key_dim: int, reverse: bool, device: int) -> Kernel:
+    return load(source("combine.cu", K=key_dim, REVERSE=int(reverse)), "combine", 4 * key_dim * (32 + key_dim + 1))
 
 
 @cache
@@ -151,18 +193,32 @@ def new_states(rows: Rows, v: Tensor, key_dim: int) -> Tensor:
 
 def scan(rows: Rows, records: Tensor, v: Tensor, key_dim: int, *, o: Tensor | None = None, tiles: Tensor | None = None,
          initial: Tensor | None = None, final: Tensor | None = None, states: Tensor | None = None,
-         reverse: bool = False, width: int | None = None) -> None:
+         reverse: bool = False, width: int | None = None, cuts: Split | None = None) -> None:
     """Carry the state through all chunks of each row: o gets the result, or `tiles` the writes.
 
     `reverse` is the backward pass: v is the gradient of o, `initial` that of the final state, `final` that of the
     initial one, `states` gets the gradient of the state at each chunk's end, and `tiles` that of T's right-hand side.
+    `cuts`: in segments side by side; a reverse scan after the forward one with the same.
     """
     heads, value_dim = v.shape[-2:]
-    width = width or warpgroups(rows.sequences * heads, key_dim, value_dim)
-    call = _Scan(*map(_at, (records, v, rows.bounds, rows.offsets, initial, final, o, tiles, states)), heads, value_dim,
-                 rows.time)
-    blocks = rows.sequences * heads * (value_dim // (64 * width))
-    _scan_kernel(key_dim, width, o is not None, reverse, v.device.index)(blocks, (width + 1) * 128, call)
+    segments, length, forget = (1, rows.chunks, 0.0) if cuts is None else cuts[:3]
+    places = rows.sequences * heads * segments
+    width = width or warpgroups(places, key_dim, value_dim)
+    starts = None
+    if cuts is not None:
+        starts = v.new_empty(rows.sequences, segments, heads, key_dim, value_dim, dtype=torch.float32)
+    call = _Scan(*map(_at, (records, v, rows.bounds, rows.offsets, initial, final, o, tiles, states, starts,
+                            cuts and cuts.transitions, cuts and cuts.kept)), heads, value_dim, rows.time, segments,
+                 length, forget)
+    device, threads, wide = v.device.index, (width + 1) * 128, value_dim // (64 * width)
+    if cuts is not None:
+        slabs = wide if reverse else wide + -(-key_dim // (64 * width))
+        blocks = rows.sequences * heads * (segments - 1) * slabs
+        _scan_kernel(key_dim, width, False, reverse, True, device)(blocks, threads, call)
+        if segments > 2:
+            join = _Combine(*map(_at, (starts, cuts.transitions, cuts.kept)), heads, value_dim, segments)
+            _combine_kernel(key_dim, reverse, device)(rows.sequences * heads * value_dim // 32, 256, join)
+    _scan_kernel(key_dim, width, o is not None, reverse, False, device)(places * wide, threads, call)
 
 
 def gradient(rows: Rows, records: Tensor, v: Tensor, do: Tensor, e: Tensor, writes: Tensor, states: Tensor,

@@ -61,5 +61,5 @@ __device__ __forceinline__ void step(float (&state_t)[K / 2], const u32 (&left)[
 #pragma unroll
     for (int i = 0; i < 4; ++i) add_keys(state_t, values + 4 * i, keys + i * 16);
     mma_commit();
-    emit(x, at, w, o, tile, rows);
+    if (!SUMMARY) emit(x, at, w, o, tile, rows);
 }

@@ -10,7 +10,11 @@ struct Scan {
     bf16* o;                         // [tokens, H, V], with OUTPUT
     unsigned char* tiles;            // [chunks, H, V / 64, SQUARE], without: W or dX, a tile for 64 values
     unsigned char* states;           // [chunks, H, V / 64, KEY_TILE]: 64 rows of S^T at each chunk's start, or null
-    int heads, value_dim, time;
+    float* starts;                   // [rows, segments, H, K, V]: the state each segment but the first begins with
+    float* transitions;              // [rows, segments, H, K, K], with SUMMARY: what a segment makes of a state
+    int* kept;                       // [rows, segments, H], with SUMMARY: whether anything of it is left
+    int heads, value_dim, time, segments, length;  // segments of `length` chunks, the last one of a row what is left
+    float forget;                    // a state multiplied by less than this counts as forgotten
 };
 
 constexpr int VALUES = WARPGROUPS * 64;
