@@ -52,7 +52,8 @@ def main() -> None:
     recipe, text = out / "recipe.py", out / "text.jsonl"
     recipe.write_text(RECIPE.format(**SIZES[a.size]))
     if not text.exists():  # a text written again is another source to a run that restarts meanwhile
-        text.write_text("".join(json.dumps({"text": prose(i)}) + "\n" for i in range(3000 if a.size == "small" else 60)))
+        documents = 3000 if a.size == "small" else 60
+        text.write_text("".join(json.dumps({"text": prose(i)}) + "\n" for i in range(documents)))
     steps, step_seconds = a.steps, a.step_seconds
     if not steps:
         step_seconds = step_seconds or calibrate(a, recipe, text, out / "calibration")
