@@ -229,7 +229,7 @@ def test_a_full_queue_says_when_to_come_again():
 
         answers = asyncio.run(flood())
         codes = sorted(a.status_code for a in answers)
-        assert set(codes) == {200, 429} and codes.count(200) >= 3
+        assert set(codes) == {200, 429} and codes.count(200) >= 2  # a third where one had begun before the rest came
         full = next(a for a in answers if a.status_code == 429)
         assert int(full.headers["retry-after"]) >= 1 and "waiting already" in message("/v1", full)
 
