@@ -129,10 +129,8 @@ def test_a_repeating_text_takes_few_passes():
         assert few < 50
 
 
-def test_sampling_keeps_the_distribution():
-    """Over many seeds the second and third token follow the exact joint distribution, with guesses always made."""
-    engine = reference_engine(small_config(vocab_size=5), 2)
-    prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+def next_two(engine, prompt):
+    """A session that has read the prompt, and how likely each pair of the next two tokens is."""
     exact: dict[tuple[int, int], float] = {}
     session = engine.session()
     p = Sampler(1.0).probabilities(session.prefill(prompt))
@@ -141,6 +139,14 @@ def test_sampling_keeps_the_distribution():
         branch.restore(session.state)
         q = Sampler(1.0).probabilities(branch.step(a))
         exact.update({(a, b): p[a] * q[b] for b in range(5)})
+    return session, exact
+
+
+def test_sampling_keeps_the_distribution():
+    """Over many seeds the second and third token follow the exact joint distribution, with guesses always made."""
+    engine = reference_engine(small_config(vocab_size=5), 2)
+    prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+    session, exact = next_two(engine, prompt)
     count = 2000
     seen: Counter[tuple[int, int]] = Counter()
     start = session.snapshot()
@@ -229,14 +235,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right():
 def test_sampling_with_a_draft_keeps_the_distribution():
     engine, draft = draft_of(reference_engine(small_config(vocab_size=5)), 2, 0.3)
     prompt = [0, 1, 2, 3]
-    exact: dict[tuple[int, int], float] = {}
-    session = engine.session()
-    p = Sampler(1.0).probabilities(session.prefill(prompt))
-    for a in range(5):
-        branch = engine.session()
-        branch.restore(session.state)
-        q = Sampler(1.0).probabilities(branch.step(a))
-        exact.update({(a, b): p[a] * q[b] for b in range(5)})
+    session, exact = next_two(engine, prompt)
     count, seen, start = 1500, Counter(), session.snapshot()
     for seed in range(count):
         session.restore(start)
