@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from hybridlm.atomic import flush_files, flush_folder, write_file
+from hybridlm.atomic import atomic_folder, write_file
 from hybridlm.data import TokenStream
 from hybridlm.errors import ConfigError, DataError
 from hybridlm.text import Tokenizer
@@ -47,6 +46,7 @@ from hybridlm.train.validate import Bits
 from hybridlm.train.watchdog import Beat
 
 __all__ = ["run"]
+
 
 def run(name: str, overrides: Mapping[str, str] | None = None) -> Path:
     """Train recipe `name` with settings replaced, to its end; returns the folder of the run, of stages the last's.
@@ -75,11 +75,12 @@ def _train(name: str, overrides: Mapping[str, str] | None) -> Path:
     try:
         with _alone(out) if parallel.is_main else nullcontext():
             given = recipe.init
-            if parallel.is_main:  # the others find the tokens that the first rank has made
-                prepare(resolve_init(recipe, out), out)
-            parallel.barrier()
+            if not parallel.is_main:  # the others find the tokens that the first rank has made
+                parallel.barrier()
             recipe = resolve_init(recipe, out)
             text = prepare(recipe, out)
+            if parallel.is_main:
+                parallel.barrier()
             train, val, tokenizer = text.train, text.val, text.tokenizer
             recipe = replace(recipe, model=start_shape(recipe, tokenizer))
             if parallel.is_main:
@@ -119,18 +120,13 @@ def _export(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
     bits: dict[str, Bits] = trainer.validate() if len(trainer.val) else {}
     if not trainer.parallel.is_main:
         return
-    aside, folder = out / ".hf.tmp", out / "hf"
-    shutil.rmtree(aside, ignore_errors=True)
+    folder = out / "hf"
     try:
         model = trainer.model if trainer.parallel.world == 1 else whole_model(trainer.recipe.model, read_weights(out))
-        model.save_pretrained(aside, dtype=getattr(torch, trainer.recipe.export_dtype))
-        tokenizer.save(aside)
-        flush_files(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        flush_folder(out)
+        with atomic_folder(folder) as aside:
+            model.save_pretrained(aside, dtype=getattr(torch, trainer.recipe.export_dtype))
+            tokenizer.save(aside)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise DataError(f"{folder}: cannot be written ({error.strerror}); the checkpoints are untouched, "
                         "make room and run the same command again") from None
     result = {"steps": trainer.step, "tokens": trainer.step * trainer.recipe.tokens_per_step,

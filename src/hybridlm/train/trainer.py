@@ -112,10 +112,11 @@ class Trainer:
     def parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """The batch in pieces of `microbatch` sequences, on the device."""
         size = self.recipe.microbatch or self.recipe.batch
+        documents = batch.documents if self.recipe.mask_documents else None
         for at in range(0, len(batch.inputs), size):
             rows = slice(at, at + size)
-            documents = self._to_device(batch.documents[rows]) if self.recipe.mask_documents else None
-            yield self._to_device(batch.inputs[rows]), self._to_device(batch.targets[rows]), documents
+            yield (self._to_device(batch.inputs[rows]), self._to_device(batch.targets[rows]),
+                   None if documents is None else self._to_device(documents[rows]))
 
     def loss(self, inputs: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
         """Summed cross-entropy of a piece."""
