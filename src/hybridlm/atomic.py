@@ -23,8 +23,8 @@ try:
 except ImportError:  # Windows, where a file that someone has open cannot be removed at all
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["DiskFullError", "atomic_write", "atomic_write_all", "clean_stale", "flush_files", "flush_folder",
-           "require_space", "write_file"]
+__all__ = ["DiskFullError", "atomic_folder", "atomic_write", "atomic_write_all", "clean_stale", "flush_files",
+           "flush_folder", "require_space", "write_file"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -139,6 +139,25 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     except OSError as error:
         raise HybridLMError(f"{path}: cannot be written ({error.strerror}); what was there before is "
                             "untouched") from None
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder aside to fill, which takes the place of `path` when the block ends well; one writer at a time.
+
+    What killed writers left is removed. `OSError` is the caller's to word.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        flush_files(aside)
+        if path.exists():
+            shutil.rmtree(path)
+        aside.rename(path)
+        flush_folder(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def flush_files(folder: Path) -> None:

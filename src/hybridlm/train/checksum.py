@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybridlm.errors import HybridLMError
+from hybridlm.train.state import local
 
 __all__ = ["ReplicaError", "Replicas", "bit_sums", "odd_ones"]
 
@@ -64,8 +65,8 @@ def bit_sums(tensors: Mapping[str, Tensor]) -> Tensor:
     """int64 [number of tensors] on the CPU: the sum of each local tensor's elements, read as whole numbers."""
     sums = []
     for tensor in tensors.values():
-        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().contiguous()
-        sums.append(local.view(_WHOLE[local.element_size()]).sum(dtype=torch.int64))
+        part = local(tensor).detach().contiguous()
+        sums.append(part.view(_WHOLE[part.element_size()]).sum(dtype=torch.int64))
     return torch.stack([s.to("cpu", non_blocking=True) for s in sums]) if len({s.device for s in sums}) > 1 else \
         torch.stack(sums).cpu()
 

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 
-from hybridlm.atomic import flush_files, flush_folder
+from hybridlm.atomic import atomic_folder
 from hybridlm.errors import ConfigError, HybridLMError
 from hybridlm.formats.convert import convert
 from hybridlm.formats.gguf_writer import Progress
-from hybridlm.model import HybridLM
 from hybridlm.text import Tokenizer
-from hybridlm.train.checkpoint import read_weights
-from hybridlm.train.start import config_of, is_run, whole_model
+from hybridlm.train.start import config_of, is_run, run_of, tokenizer_of, weights_of, whole_model
 
 __all__ = ["export"]
 
@@ -37,43 +35,28 @@ def export(source: str | Path, out: str | Path, *, type: str = "q8_0", dtype: to
     if not single and out.exists():
         raise ConfigError(f"{out}: exists already; give another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        if single and not is_run(source):
+        if not single:
+            with atomic_folder(out) as aside:
+                _folder(source, aside, dtype)
+        elif not is_run(source):
             convert(source, out, type.lower(), progress, name=source.resolve().name)
-            return out
-        _folder(source, aside, torch.float32 if single else dtype)
-        if single:
-            convert(aside, out, type.lower(), progress, name=_name(source))
         else:
-            flush_files(aside)
-            aside.rename(out)
-            flush_folder(out.parent)
+            aside = out.with_name(f".{out.name}.tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                _folder(source, aside, torch.float32)
+                convert(aside, out, type.lower(), progress, name=run_of(source).resolve().name)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise HybridLMError(f"{out}: cannot be written ({error.strerror}); make room, or give another place") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return out
 
 
 def _folder(source: Path, out: Path, dtype: torch.dtype) -> None:
     """A model folder with its tokenizer."""
-    if is_run(source):
-        model = whole_model(config_of(source)[0], read_weights(source))
-    else:
-        model = HybridLM.from_pretrained(source, dtype=torch.float32)
-    model.save_pretrained(out, dtype=dtype)
-    run = _run_of(source)
-    found = next((p for p in (run / "tokenizer", source) if (p / "tokenizer.json").is_file()), None)
+    whole_model(config_of(source)[0], weights_of(source)).save_pretrained(out, dtype=dtype)
+    found = tokenizer_of(source)
     if found:
         Tokenizer.from_file(found).save(out)
-
-
-def _run_of(source: Path) -> Path:
-    """The run that a checkpoint lies in, or itself."""
-    return source.resolve().parent.parent if (source / "state.json").is_file() else source
-
-
-def _name(source: Path) -> str:
-    return _run_of(source).resolve().name

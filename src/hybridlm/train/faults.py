@@ -30,6 +30,7 @@ from torch import nn
 
 from hybridlm.atomic import write_file
 from hybridlm.train.events import Events
+from hybridlm.train.state import local
 from hybridlm.train.watchdog import FOLDER, Watch
 
 __all__ = ["BAD_BATCHES", "KILLING", "KINDS", "Fault", "Injector", "Orders", "make_plan", "read_plan", "write_plan"]
@@ -184,7 +185,6 @@ class Orders:
     def _flip(self, pick: float) -> None:
         """One bit of one weight, on this rank."""
         parameters = sorted(self.model.named_parameters())
-        parameter = parameters[int(pick * len(parameters))][1].detach()
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        whole = local.view(-1)[:1].view(torch.int32)
+        part = local(parameters[int(pick * len(parameters))][1].detach())
+        whole = part.view(-1)[:1].view(torch.int32)
         whole ^= 1 << 21

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hybridlm.train.recipe import Recipe
+from hybridlm.train.state import local
 
 __all__ = ["HybridOptimizer", "orthogonal", "undecayed"]
 
@@ -74,8 +75,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         torch._foreach_add_(steps, 1.0 if skip is None else 1 - skip)
         found = None if skip is None else skip.reshape(1)
         torch._fused_adamw_(
-            [_local(p) for p in params], [_local(p.grad) for p in params if p.grad is not None],
-            [_local(s["exp_avg"]) for s in states], [_local(s["exp_avg_sq"]) for s in states], [], steps,
+            [local(p) for p in params], [local(p.grad) for p in params if p.grad is not None],
+            [local(s["exp_avg"]) for s in states], [local(s["exp_avg_sq"]) for s in states], [], steps,
             lr=group["lr"], beta1=self.betas[0], beta2=self.betas[1], weight_decay=group["weight_decay"],
             eps=self.eps, amsgrad=False, maximize=False, grad_scale=None, found_inf=found)
 
@@ -84,7 +85,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(p)
         assert p.grad is not None
-        gradient, momentum, weight = _local(p.grad), _local(state["momentum"]), _local(p)
+        gradient, momentum, weight = local(p.grad), local(state["momentum"]), local(p)
         keep: Tensor | float = 1.0
         if skip is not None:
             keep = 1 - skip
@@ -108,11 +109,6 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(part: Tensor, like: Tensor, function: Any) -> Tensor:

@@ -23,6 +23,7 @@ from hybridlm.atomic import write_file
 from hybridlm.config import HybridConfig
 from hybridlm.errors import ConfigError, DataError
 from hybridlm.train.recipe import Recipe
+from hybridlm.train.start import tokenizer_of
 
 __all__ = ["fingerprints", "git_revision", "note_start", "read_recipe", "resolve_init", "versions", "write_recipe"]
 
@@ -108,8 +109,7 @@ def resolve_init(recipe: Recipe, out: Path) -> Recipe:
     if not folder.is_dir():
         folder = _fetched(recipe.init, out / "init.json")
     if not recipe.tokenizer:
-        places = (folder, folder / "tokenizer", folder.parent.parent / "tokenizer")  # a model, a run, a checkpoint
-        found = next((p for p in places if (p / "tokenizer.json").is_file()), None)
+        found = tokenizer_of(folder)
         recipe = replace(recipe, tokenizer=str(found)) if found else recipe
     return replace(recipe, init=str(folder))
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hybridlm.atomic import flush_files, flush_folder
+from hybridlm.atomic import atomic_folder
 from hybridlm.errors import ConfigError
-from hybridlm.model import HybridLM
 from hybridlm.text import Tokenizer
-from hybridlm.train.checkpoint import read_weights
-from hybridlm.train.start import config_of, is_run, whole_model
+from hybridlm.train.start import config_of, tokenizer_of, weights_of, whole_model
 
 __all__ = ["soup"]
 
@@ -42,32 +39,14 @@ def soup(paths: Sequence[str | Path], out: str | Path, *, weights: Sequence[floa
     for path, share in zip(paths, shares, strict=True):
         if config_of(path)[0] != config:
             raise ConfigError(f"{path}: another architecture than {paths[0]}; only the same model can be averaged")
-        held = _read(path)
-        for name, tensor in held.items():
+        for name, tensor in weights_of(path).items():
             part = tensor.double() * (share / sum(shares))
             total[name] = total[name] + part if name in total else part
     model = whole_model(config, {name: t.float() for name, t in total.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, dtype=dtype)
-    tokenizer = next((t for t in map(_tokenizer, paths) if t is not None), None)
-    if tokenizer is not None:
-        tokenizer.save(aside)
-    flush_files(aside)
-    aside.rename(out)
-    flush_folder(out.parent)
+    with atomic_folder(out) as aside:
+        model.save_pretrained(aside, dtype=dtype)
+        tokenizer = next((t for t in map(tokenizer_of, paths) if t is not None), None)
+        if tokenizer is not None:
+            Tokenizer.from_file(tokenizer).save(aside)
     return out
-
-
-def _read(path: str | Path) -> dict[str, Tensor]:
-    return read_weights(path) if is_run(path) else HybridLM.from_pretrained(path, dtype=torch.float32).state_dict()
-
-
-def _tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer beside a model: in its folder, or in the run that the checkpoint belongs to."""
-    path = Path(path)
-    for folder in (path, path / "tokenizer", path.parent.parent / "tokenizer"):
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(folder)
-    return None

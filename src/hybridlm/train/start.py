@@ -20,13 +20,31 @@ from hybridlm.text import Tokenizer
 from hybridlm.train.checkpoint import read_weights
 from hybridlm.train.recipe import Recipe
 
-__all__ = ["config_of", "is_run", "start_shape", "starting_model", "whole_model"]
+__all__ = ["config_of", "is_run", "run_of", "start_shape", "starting_model", "tokenizer_of", "weights_of",
+           "whole_model"]
 
 
 def is_run(path: str | Path) -> bool:
     """Whether a path is a run's folder or one of its checkpoints, not a model folder."""
     path = Path(path)
     return (path / "state.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def run_of(path: str | Path) -> Path:
+    """The run that a checkpoint lies in; anything else itself."""
+    path = Path(path)
+    return path.resolve().parent.parent if (path / "state.json").is_file() else path
+
+
+def tokenizer_of(path: str | Path) -> Path | None:
+    """The folder of the tokenizer that belongs to a model folder, a run or a checkpoint."""
+    places = (Path(path), run_of(path) / "tokenizer")
+    return next((p for p in places if (p / "tokenizer.json").is_file()), None)
+
+
+def weights_of(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a model folder, a run or a checkpoint, whole, float32, on the CPU."""
+    return read_weights(path) if is_run(path) else HybridLM.from_pretrained(path, dtype=torch.float32).state_dict()
 
 
 def config_of(path: str | Path) -> tuple[HybridConfig, int]:
@@ -70,9 +88,7 @@ def starting_model(recipe: Recipe) -> HybridLM:
         model = HybridLM(recipe.model, init=False)
         model.init_weights(recipe.seed)
         return model
-    if is_run(recipe.init):
-        return whole_model(recipe.model, read_weights(recipe.init))
-    return whole_model(recipe.model, HybridLM.from_pretrained(recipe.init, dtype=torch.float32).state_dict())
+    return whole_model(recipe.model, weights_of(recipe.init))
 
 
 def whole_model(config: HybridConfig, weights: dict[str, Tensor]) -> HybridLM:

@@ -77,6 +77,7 @@ def share(tensors: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor
 
 
 def local(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

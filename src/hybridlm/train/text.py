@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from hybridlm.atomic import flush_files, flush_folder
+from hybridlm.atomic import atomic_folder
 from hybridlm.data import Mixture, Source, TokenFolder, TokenStream, join, parse_mixture, tokenize
 from hybridlm.data.shards import held_out
 from hybridlm.data.tokens import MANIFEST
@@ -107,11 +107,8 @@ def _tokenizer(recipe: Recipe, sources: list[Source], fraction: float, folder: P
         _say(f"training a tokenizer of {recipe.vocab} entries")
         limit = _BPE_CHARACTERS // len(sources)
         given = train_bpe(chain.from_iterable(_sample(s, fraction, limit) for s in sources), recipe.vocab)
-    aside = folder.with_name(f".{folder.name}.tmp")
-    given.save(aside)
-    flush_files(aside)
-    aside.rename(folder)
-    flush_folder(folder.parent)
+    with atomic_folder(folder) as aside:
+        given.save(aside)
     return given
 
 
